@@ -26,6 +26,9 @@ k8s = Typer(help="Run on Kubernetes.", no_args_is_help=True)
 RunName = Annotated[str, Argument(metavar="RUN", help="A run's name, or its run file.")]
 Objects = Annotated[str, Argument(metavar="FILE", help="Manifests, as printed by `render`; - for stdin.")]
 Context = Annotated[str | None, Option(help="A context of the kubeconfig; default: the current one.")]
+KubeRay = Annotated[
+    str | None, Option(help="The cluster's release of KubeRay, if it is not the one whose rules lint has.")
+]
 Namespace = Annotated[str | None, Option(help="Namespace; default: the context's.")]
 
 
@@ -112,9 +115,11 @@ def render(
 def lint(
     files: Annotated[list[str], Argument(metavar="FILE…", help="Manifests; - for stdin.")],
     as_json: AsJson = False,
+    kuberay: KubeRay = None,
 ) -> None:
-    """Check manifests: what KubeRay refuses (exit code 2), and what makes the loss of a node expensive (warnings)."""
-    _, findings = _read_and_lint(files)
+    """Check manifests: what the API server or KubeRay refuses (exit code 2), and what makes the loss of a node
+    expensive (warnings)."""
+    _, findings = _read_and_lint(files, kuberay)
     if as_json:
         print_json([{**asdict(finding), "level": finding.level.value} for finding in findings], indent=None)
     else:
@@ -129,9 +134,10 @@ def apply(
     context: Context = None,
     namespace: Namespace = None,
     force: Annotated[bool, Option("--force", help="Take over fields that another field manager set.")] = False,
+    kuberay: KubeRay = None,
 ) -> None:
     """Lint manifests, then apply them on the server's side. Failed ones are not applied: exit code 2."""
-    objects, findings = _read_and_lint([file])
+    objects, findings = _read_and_lint([file], kuberay)
     for finding in findings:
         if finding.level is not Level.OK:
             print_line(_line(finding), to_stderr=True)
@@ -247,12 +253,17 @@ def _read(file: str) -> list[dict[str, Any]]:
     return read_objects(text)
 
 
-def _read_and_lint(files: list[str]) -> tuple[list[dict[str, Any]], list[Finding]]:
-    """Read and lint objects; report those that have no rules, because lint's silence is no approval of them."""
-    from outlast.cluster.kubernetes.lint.linter import lint, unchecked_objects
+def _read_and_lint(files: list[str], kuberay: str | None) -> tuple[list[dict[str, Any]], list[Finding]]:
+    """Read and lint objects; report the release of the rules, and the objects that have none: lint's silence is no
+    approval of them."""
+    from outlast.cluster.kubernetes.lint.linter import is_known_release, lint, unchecked_objects
+    from outlast.cluster.kubernetes.lint.operator_rules import KUBERAY
 
     objects = [item for file in files for item in _read(file)]
-    findings = lint(objects)
+    findings = lint(objects, kuberay or KUBERAY)
+    is_known = kuberay is None or is_known_release(kuberay)
+    differs = "" if is_known else f"; what they refuse is a warning, because the cluster has {kuberay}"
+    print_line(f"outlast: rules of KubeRay {KUBERAY}{differs}", to_stderr=True)
     if names := unchecked_objects(objects):
         print_line(f"outlast: not checked, no rules for: {', '.join(names)}", to_stderr=True)
     return objects, findings

@@ -18,6 +18,7 @@ from outlast.trainers.config.base import Settings
 from outlast.trainers.config.validation_errors import SettingsFinding, findings
 
 MAX_NAME = 47  # KubeRay appends to it
+MAX_CRON_NAME = 36  # KubeRay appends the time
 LABEL = r"[a-z]([-a-z0-9]*[a-z0-9])?"
 DRAIN_BEFORE_GRACE_S = 5  # Ray's drain deadline must come before SIGKILL
 
@@ -208,6 +209,27 @@ def _as_option(finding: SettingsFinding) -> str:
     option = setting.removesuffix("s") if setting in _REPEATED_OPTIONS else setting
     line = f"--{option.replace('_', '-')}: {finding.message}"
     return f"{line}; {finding.suggestion}" if finding.suggestion else line
+
+
+def is_schedule(text: str) -> bool:
+    """Return whether KubeRay reads a text as a schedule of cron; names of months and days are not looked up."""
+    if re.fullmatch(
+        r"@(yearly|annually|monthly|weekly|daily|midnight|hourly|every (\d+(\.\d+)?(ns|us|ms|s|m|h))+)", text
+    ):
+        return True
+    fields = text.split()
+    limits = ((0, 59), (0, 23), (1, 31), (1, 12), (0, 6))
+    return len(fields) == len(limits) and all(map(_is_cron_field, fields, limits))
+
+
+def _is_cron_field(field: str, limits: tuple[int, int]) -> bool:
+    for item in field.split(","):
+        if not (match := re.fullmatch(r"(\*|\?|(\d+|[A-Za-z]{3})(-(\d+|[A-Za-z]{3}))?)(/[1-9]\d*)?", item)):
+            return False
+        numbers = [int(part) for part in (match[2], match[4]) if part and part.isdecimal()]
+        if numbers != sorted(numbers) or any(not limits[0] <= number <= limits[1] for number in numbers):
+            return False
+    return True
 
 
 def is_pinned(image: str) -> bool:

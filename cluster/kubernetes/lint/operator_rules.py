@@ -24,6 +24,8 @@ from outlast.cluster.kubernetes.accessors import (
 )
 from outlast.cluster.kubernetes.settings import LABEL, MAX_NAME
 
+#: The release of KubeRay whose rules these are.
+KUBERAY = "1.7"
 SUBMISSION_MODES = ("K8sJobMode", "SidecarMode", "HTTPMode", "InteractiveMode")
 #: Fields of a RayCluster that need a feature gate of the operator, which is off by default.
 GATED = {
@@ -173,11 +175,9 @@ def _group_resources(where: str, group: Mapping[str, Any]) -> Iterator[LintCompl
 def _worker_group(where: str, group: Mapping[str, Any], cluster: Mapping[str, Any]) -> Iterator[LintComplaint]:
     if not first_container(group):
         yield where, "has no container"
-    low, high = group.get("minReplicas"), group.get("maxReplicas")
-    if not autoscales(cluster) and (low is None or high is None):
-        yield where, "needs minReplicas and maxReplicas without the autoscaler"
+    low, high = group.get("minReplicas"), group.get("maxReplicas")  # the CRD's defaults: none, and no limit
     if _number(low) < 0 or (high is not None and _number(high) < _number(low)):
-        yield where, f"needs 0 <= minReplicas ({low}) <= maxReplicas ({high})"
+        yield where, f"needs 0 <= minReplicas ({low or 0}) <= maxReplicas ({high})"
     yield from _group_resources(where, group)
     is_v2 = _is_v2(cluster)
     if "idleTimeoutSeconds" in group and not (is_v2 and _number(group["idleTimeoutSeconds"]) >= 0):

@@ -36,8 +36,9 @@ def run_file_mismatches(
     scale = mapping(run, "scale")
     workers = scale.get("workers", 1)
     counts = [number for number in (workers if isinstance(workers, list) else [workers]) if isinstance(number, int)]
-    capacity = sum(number for _, group in worker_groups(job) if isinstance(number := group.get("maxReplicas"), int))
-    if counts and capacity < max(counts):
+    limits = [group.get("maxReplicas") for _, group in worker_groups(job)]  # the CRD's default is no limit
+    capacity = sum(number for number in limits if isinstance(number, int))
+    if counts and None not in limits and capacity < max(counts):
         yield f"{CLUSTER}.workerGroupSpecs", f"maxReplicas allows {capacity} workers of {max(counts)}"
     gpus, cpus = scale.get("gpus_per_worker", 0), scale.get("cpus_per_worker")
     for where, group in worker_groups(job):

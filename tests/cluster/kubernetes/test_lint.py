@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 
 from outlast.checkpointing.errors import ConfigError
 from outlast.cluster.cli.main import app
+from outlast.cluster.kubernetes.lint.api_rules import quantity_value
 from outlast.cluster.kubernetes.lint.linter import lint, read_objects
 from outlast.cluster.kubernetes.lint.secret_rules import is_credential
 from outlast.cluster.preflight.finding import Level
@@ -91,7 +92,7 @@ def put(job: Any, path: tuple[Any, ...], value: Any) -> None:
         ({("metadata", "name"): "x" * 48}, "at most 47"),
         ({("metadata", "name"): "7b"}, "DNS-1035"),
         ({(*WORKERS, "maxReplicas"): 0}, "needs 0 <= minReplicas"),
-        ({(*WORKERS, "minReplicas"): ...}, "needs minReplicas and maxReplicas"),
+        ({(*WORKERS, "maxReplicas"): -1}, "needs 0 <= minReplicas"),
         ({(*WORKERS, "minReplicas"): -1}, "needs 0 <= minReplicas"),
         ({(*WORKERS, "idleTimeoutSeconds"): 5}, "needs autoscaler v2"),
         ({(*WORKERS, "priority"): 5}, "needs autoscaler v2"),
@@ -176,6 +177,97 @@ def test_operator_errors_of_elastic_runs(tmp_path: Path, changes: dict[tuple[Any
 def test_reliability_warnings(tmp_path: Path, changes: dict[tuple[Any, ...], Any], expected: str) -> None:
     warned = _found(tmp_path, "claim", changes, Level.WARNING)
     assert any(expected in text for text in warned), warned
+
+
+@pytest.mark.parametrize("key", ["replicas", "minReplicas", "maxReplicas"])
+def test_defaults_of_the_crd(tmp_path: Path, key: str) -> None:
+    assert _found(tmp_path, "claim", {(*WORKERS, key): ...}, Level.FAILED) == []
+    assert _found(tmp_path, "claim", {(*WORKERS, key): None}, Level.FAILED) == []
+
+
+WORKER = (*WORKER_POD, "containers", 0)
+AT_POD = "spec.rayClusterSpec.workerGroupSpecs[0].template.spec"
+AT = f"{AT_POD}.containers[0]"
+SAME = {"name": "A", "value": "1"}
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "expected"),
+    [
+        (("metadata", "name"), "a_b", "metadata.name: 'a_b' is not a name"),
+        (("metadata", "name"), ..., "metadata.name: is missing"),
+        (("metadata", "namespace"), "a.b", "metadata.namespace: 'a.b' is not a DNS-1123 label"),
+        (("metadata", "labels"), {"team": "x" * 64}, "metadata.labels.team: "),
+        (("metadata", "labels"), {"team": "a b"}, "metadata.labels.team: 'a b' is not a label"),
+        (("metadata", "labels"), {"team": 1}, "metadata.labels.team: 1 is not a text"),
+        (("metadata", "labels"), {"a/b/c": "x"}, "metadata.labels.a/b/c: 'a/b/c' is not a key"),
+        (("metadata", "labels"), ["a=b"], "metadata.labels: is not a mapping"),
+        (("metadata", "annotations"), {"a b": "x"}, "metadata.annotations.a b: "),
+        (("metadata", "annotations"), {"a": True}, "metadata.annotations.a: True is not a text"),
+        (("metadata", "annotations"), {"a": "x" * 300_000}, "metadata.annotations: have more than 256 KiB"),
+        (("spec", "backoffLimit"), "3", "spec.backoffLimit: '3' is not a whole number"),
+        (("spec", "backoffLimit"), 2**31, "spec.backoffLimit: 2147483648 is not in 0"),
+        (("spec", "shutdownAfterJobFinishes"), "yes", "spec.shutdownAfterJobFinishes: 'yes' is not true or false"),
+        (("spec", "entrypoint"), 7, "spec.entrypoint: 7 is not a text"),
+        ((*WORKERS, "replicas"), -1, "workerGroupSpecs[0].replicas: must not be negative (-1)"),
+        ((*WORKERS, "replicas"), 1.5, "workerGroupSpecs[0].replicas: 1.5 is not a whole number"),
+        ((*WORKERS, "groupName"), 7, "workerGroupSpecs[0].groupName: 7 is not a text"),
+        ((*WORKERS, "rayStartParams"), {"num-cpus": 4}, "workerGroupSpecs[0].rayStartParams.num-cpus: 4 is not a text"),
+        ((*HEAD, "template", "metadata", "labels"), {"a": "-"}, "headGroupSpec.template.metadata.labels.a: '-' is"),
+        ((*WORKER_POD, "nodeSelector"), {"spot": True}, f"{AT_POD}.nodeSelector.spot: True is not a text"),
+        ((*WORKER_POD, "terminationGracePeriodSeconds"), -1, f"{AT_POD}.terminationGracePeriodSeconds: must not be"),
+        ((*WORKER_POD, "volumes", 0, "name"), "Shm", f"{AT_POD}.volumes[0].name: 'Shm' is not"),
+        ((*WORKER_POD, "volumes", 1, "name"), "shm", f"{AT_POD}.volumes: shm is there 2 times"),
+        ((*WORKER_POD, "volumes", 0, "emptyDir", "sizeLimit"), "1GB", f"{AT_POD}.volumes[0].emptyDir.sizeLimit: "),
+        ((*WORKER, "name"), "ray_worker", f"{AT}.name: 'ray_worker' is not"),
+        ((*WORKER, "name"), "x" * 64, f"{AT}.name: "),
+        ((*WORKER, "image"), "a b:1", f"{AT}.image: 'a b:1' is not the name of an image"),
+        ((*WORKER, "args"), "--x", f"{AT}.args: is not a list of texts"),
+        ((*WORKER, "env"), [{"name": "A", "value": 1}], f"{AT}.env[0].value: of A is not a text"),
+        ((*WORKER, "env"), [{"name": "A=B"}], f"{AT}.env[0].name: 'A=B' is not"),
+        ((*WORKER, "env"), [SAME, SAME], f"{AT}.env: A is there 2 times"),
+        ((*WORKER, "ports"), [{"containerPort": 0}], f"{AT}.ports[0].containerPort: 0 is not in"),
+        ((*WORKER, "ports"), [{"containerPort": 65536}], f"{AT}.ports[0].containerPort: 65536"),
+        ((*WORKER, "ports"), [{"containerPort": "80"}], f"{AT}.ports[0].containerPort: '80' is"),
+        ((*WORKER, "ports"), [{"containerPort": 1, "name": "x" * 16}], f"{AT}.ports[0].name: "),
+        ((*WORKER, "ports"), [{"containerPort": 80}] * 2, f"{AT}.ports: 80/TCP is there 2 times"),
+        ((*WORKER, "volumeMounts", 0, "name"), "no", f"{AT}.volumeMounts[0].name: the pod has no volume 'no'"),
+        ((*WORKER, "volumeMounts", 0, "mountPath"), "/tmp", f"{AT}.volumeMounts: /tmp is there 2"),
+        ((*WORKER, "resources", "requests", "cpu"), "4 cores", f"{AT}.resources.requests.cpu: "),
+        ((*WORKER, "resources", "requests", "memory"), "-1Gi", f"{AT}.resources.requests.memory"),
+        ((*WORKER, "resources", "requests", "memory"), "17Gi", "requests.memory: 17Gi exceeds the limit of 16Gi"),
+    ],
+)
+def test_what_the_api_server_refuses(tmp_path: Path, path: tuple[Any, ...], value: Any, expected: str) -> None:
+    failed = _found(tmp_path, "claim", {path: value}, Level.FAILED)
+    assert any(expected in text for text in failed), failed
+
+
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [("500m", 0.5), ("16Gi", 16 * 2**30), ("1e3", 1000), ("2E", 2e18), ("1Ei", 2**60), (4, 4), ("1.5k", 1500)],
+)
+def test_quantities(text: str | int, number: float) -> None:
+    assert quantity_value(text) == pytest.approx(number)
+
+
+def test_another_release_of_kuberay(tmp_path: Path) -> None:
+    path = tmp_path / "job.yaml"
+    objects = list(yaml.safe_load_all((ROOT / "tests" / "golden" / "manifests" / "claim.yaml").read_text()))
+    objects[-1]["spec"]["submissionMode"] = "NewMode"
+    path.write_text(yaml.safe_dump_all(objects))
+    known = CliRunner().invoke(app, ["k8s", "lint", str(path), "--kuberay", "v1.7.3"])
+    assert known.exit_code == 2
+    assert "rules of KubeRay 1.7\n" in known.stderr
+    other = CliRunner().invoke(app, ["k8s", "lint", str(path), "--kuberay", "1.8.0"])
+    assert other.exit_code == 0
+    assert "'NewMode' is not one of" in other.stdout
+    assert "rules of KubeRay 1.7; what they refuse is a warning, because the cluster has 1.8.0" in other.stderr
+    objects[-1]["metadata"]["name"] = "a_b"
+    path.write_text(yaml.safe_dump_all(objects))
+    assert CliRunner().invoke(app, ["k8s", "lint", str(path), "--kuberay", "1.8"]).exit_code == 2
+    with pytest.raises(ConfigError, match="not a release"):
+        lint(objects, "newest")
 
 
 def _found(folder: Path, run: str, changes: dict[tuple[Any, ...], Any], level: Level) -> list[str]:
@@ -416,7 +508,7 @@ def test_objects_without_rules_are_named(tmp_path: Path) -> None:
     text = yaml.safe_dump_all([*rendered(tmp_path, "claim"), service])
     done = CliRunner().invoke(app, ["k8s", "lint", "-"], input=text)
     assert done.stdout == "ok       rayjob/my-run  no problems found\n"
-    assert done.stderr == "outlast: not checked, no rules for: rayservice/serve\n"
+    assert done.stderr == "outlast: rules of KubeRay 1.7\noutlast: not checked, no rules for: rayservice/serve\n"
 
 
 @pytest.mark.parametrize(("name", "is_right"), [("my-run-", True), ("x" * 42, True), ("x" * 43, False), ("7-", False)])
