@@ -15,7 +15,6 @@ from typer.testing import CliRunner
 
 from outlast.checkpointing.errors import ConfigError
 from outlast.cluster.cli.main import app
-from outlast.cluster.kubernetes.lint.api_rules import quantity_value
 from outlast.cluster.kubernetes.lint.linter import lint, read_objects
 from outlast.cluster.kubernetes.lint.secret_rules import is_credential
 from outlast.cluster.preflight.finding import Level
@@ -115,7 +114,7 @@ def put(job: Any, path: tuple[Any, ...], value: Any) -> None:
     ],
 )
 def test_operator_errors(tmp_path: Path, changes: dict[tuple[Any, ...], Any], expected: str) -> None:
-    failed = _found(tmp_path, "claim", changes, Level.FAILED)
+    failed = found_at(tmp_path, "claim", changes, Level.FAILED)
     assert any(expected in text for text in failed), failed
 
 
@@ -142,7 +141,7 @@ def test_operator_errors(tmp_path: Path, changes: dict[tuple[Any, ...], Any], ex
     ],
 )
 def test_operator_errors_of_elastic_runs(tmp_path: Path, changes: dict[tuple[Any, ...], Any], expected: str) -> None:
-    failed = _found(tmp_path, "elastic", changes, Level.FAILED)
+    failed = found_at(tmp_path, "elastic", changes, Level.FAILED)
     assert any(expected in text for text in failed), failed
 
 
@@ -175,102 +174,11 @@ def test_operator_errors_of_elastic_runs(tmp_path: Path, changes: dict[tuple[Any
     ],
 )
 def test_reliability_warnings(tmp_path: Path, changes: dict[tuple[Any, ...], Any], expected: str) -> None:
-    warned = _found(tmp_path, "claim", changes, Level.WARNING)
+    warned = found_at(tmp_path, "claim", changes, Level.WARNING)
     assert any(expected in text for text in warned), warned
 
 
-@pytest.mark.parametrize("key", ["replicas", "minReplicas", "maxReplicas"])
-def test_defaults_of_the_crd(tmp_path: Path, key: str) -> None:
-    assert _found(tmp_path, "claim", {(*WORKERS, key): ...}, Level.FAILED) == []
-    assert _found(tmp_path, "claim", {(*WORKERS, key): None}, Level.FAILED) == []
-
-
-WORKER = (*WORKER_POD, "containers", 0)
-AT_POD = "spec.rayClusterSpec.workerGroupSpecs[0].template.spec"
-AT = f"{AT_POD}.containers[0]"
-SAME = {"name": "A", "value": "1"}
-
-
-@pytest.mark.parametrize(
-    ("path", "value", "expected"),
-    [
-        (("metadata", "name"), "a_b", "metadata.name: 'a_b' is not a name"),
-        (("metadata", "name"), ..., "metadata.name: is missing"),
-        (("metadata", "namespace"), "a.b", "metadata.namespace: 'a.b' is not a DNS-1123 label"),
-        (("metadata", "labels"), {"team": "x" * 64}, "metadata.labels.team: "),
-        (("metadata", "labels"), {"team": "a b"}, "metadata.labels.team: 'a b' is not a label"),
-        (("metadata", "labels"), {"team": 1}, "metadata.labels.team: 1 is not a text"),
-        (("metadata", "labels"), {"a/b/c": "x"}, "metadata.labels.a/b/c: 'a/b/c' is not a key"),
-        (("metadata", "labels"), ["a=b"], "metadata.labels: is not a mapping"),
-        (("metadata", "annotations"), {"a b": "x"}, "metadata.annotations.a b: "),
-        (("metadata", "annotations"), {"a": True}, "metadata.annotations.a: True is not a text"),
-        (("metadata", "annotations"), {"a": "x" * 300_000}, "metadata.annotations: have more than 256 KiB"),
-        (("spec", "backoffLimit"), "3", "spec.backoffLimit: '3' is not a whole number"),
-        (("spec", "backoffLimit"), 2**31, "spec.backoffLimit: 2147483648 is not in 0"),
-        (("spec", "shutdownAfterJobFinishes"), "yes", "spec.shutdownAfterJobFinishes: 'yes' is not true or false"),
-        (("spec", "entrypoint"), 7, "spec.entrypoint: 7 is not a text"),
-        ((*WORKERS, "replicas"), -1, "workerGroupSpecs[0].replicas: must not be negative (-1)"),
-        ((*WORKERS, "replicas"), 1.5, "workerGroupSpecs[0].replicas: 1.5 is not a whole number"),
-        ((*WORKERS, "groupName"), 7, "workerGroupSpecs[0].groupName: 7 is not a text"),
-        ((*WORKERS, "rayStartParams"), {"num-cpus": 4}, "workerGroupSpecs[0].rayStartParams.num-cpus: 4 is not a text"),
-        ((*HEAD, "template", "metadata", "labels"), {"a": "-"}, "headGroupSpec.template.metadata.labels.a: '-' is"),
-        ((*WORKER_POD, "nodeSelector"), {"spot": True}, f"{AT_POD}.nodeSelector.spot: True is not a text"),
-        ((*WORKER_POD, "terminationGracePeriodSeconds"), -1, f"{AT_POD}.terminationGracePeriodSeconds: must not be"),
-        ((*WORKER_POD, "volumes", 0, "name"), "Shm", f"{AT_POD}.volumes[0].name: 'Shm' is not"),
-        ((*WORKER_POD, "volumes", 1, "name"), "shm", f"{AT_POD}.volumes: shm is there 2 times"),
-        ((*WORKER_POD, "volumes", 0, "emptyDir", "sizeLimit"), "1GB", f"{AT_POD}.volumes[0].emptyDir.sizeLimit: "),
-        ((*WORKER, "name"), "ray_worker", f"{AT}.name: 'ray_worker' is not"),
-        ((*WORKER, "name"), "x" * 64, f"{AT}.name: "),
-        ((*WORKER, "image"), "a b:1", f"{AT}.image: 'a b:1' is not the name of an image"),
-        ((*WORKER, "args"), "--x", f"{AT}.args: is not a list of texts"),
-        ((*WORKER, "env"), [{"name": "A", "value": 1}], f"{AT}.env[0].value: of A is not a text"),
-        ((*WORKER, "env"), [{"name": "A=B"}], f"{AT}.env[0].name: 'A=B' is not"),
-        ((*WORKER, "env"), [SAME, SAME], f"{AT}.env: A is there 2 times"),
-        ((*WORKER, "ports"), [{"containerPort": 0}], f"{AT}.ports[0].containerPort: 0 is not in"),
-        ((*WORKER, "ports"), [{"containerPort": 65536}], f"{AT}.ports[0].containerPort: 65536"),
-        ((*WORKER, "ports"), [{"containerPort": "80"}], f"{AT}.ports[0].containerPort: '80' is"),
-        ((*WORKER, "ports"), [{"containerPort": 1, "name": "x" * 16}], f"{AT}.ports[0].name: "),
-        ((*WORKER, "ports"), [{"containerPort": 80}] * 2, f"{AT}.ports: 80/TCP is there 2 times"),
-        ((*WORKER, "volumeMounts", 0, "name"), "no", f"{AT}.volumeMounts[0].name: the pod has no volume 'no'"),
-        ((*WORKER, "volumeMounts", 0, "mountPath"), "/tmp", f"{AT}.volumeMounts: /tmp is there 2"),
-        ((*WORKER, "resources", "requests", "cpu"), "4 cores", f"{AT}.resources.requests.cpu: "),
-        ((*WORKER, "resources", "requests", "memory"), "-1Gi", f"{AT}.resources.requests.memory"),
-        ((*WORKER, "resources", "requests", "memory"), "17Gi", "requests.memory: 17Gi exceeds the limit of 16Gi"),
-    ],
-)
-def test_what_the_api_server_refuses(tmp_path: Path, path: tuple[Any, ...], value: Any, expected: str) -> None:
-    failed = _found(tmp_path, "claim", {path: value}, Level.FAILED)
-    assert any(expected in text for text in failed), failed
-
-
-@pytest.mark.parametrize(
-    ("text", "number"),
-    [("500m", 0.5), ("16Gi", 16 * 2**30), ("1e3", 1000), ("2E", 2e18), ("1Ei", 2**60), (4, 4), ("1.5k", 1500)],
-)
-def test_quantities(text: str | int, number: float) -> None:
-    assert quantity_value(text) == pytest.approx(number)
-
-
-def test_another_release_of_kuberay(tmp_path: Path) -> None:
-    path = tmp_path / "job.yaml"
-    objects = list(yaml.safe_load_all((ROOT / "tests" / "golden" / "manifests" / "claim.yaml").read_text()))
-    objects[-1]["spec"]["submissionMode"] = "NewMode"
-    path.write_text(yaml.safe_dump_all(objects))
-    known = CliRunner().invoke(app, ["k8s", "lint", str(path), "--kuberay", "v1.7.3"])
-    assert known.exit_code == 2
-    assert "rules of KubeRay 1.7\n" in known.stderr
-    other = CliRunner().invoke(app, ["k8s", "lint", str(path), "--kuberay", "1.8.0"])
-    assert other.exit_code == 0
-    assert "'NewMode' is not one of" in other.stdout
-    assert "rules of KubeRay 1.7; what they refuse is a warning, because the cluster has 1.8.0" in other.stderr
-    objects[-1]["metadata"]["name"] = "a_b"
-    path.write_text(yaml.safe_dump_all(objects))
-    assert CliRunner().invoke(app, ["k8s", "lint", str(path), "--kuberay", "1.8"]).exit_code == 2
-    with pytest.raises(ConfigError, match="not a release"):
-        lint(objects, "newest")
-
-
-def _found(folder: Path, run: str, changes: dict[tuple[Any, ...], Any], level: Level) -> list[str]:
+def found_at(folder: Path, run: str, changes: dict[tuple[Any, ...], Any], level: Level) -> list[str]:
     objects = rendered(folder, run)
     for path, value in changes.items():
         put(objects[-1], path, value)
@@ -294,37 +202,39 @@ CONTEXT = (*WORKER_POD, "containers", 0, "securityContext")
 def test_what_a_restricted_namespace_refuses(
     tmp_path: Path, changes: dict[tuple[Any, ...], Any], expected: str
 ) -> None:
-    [text] = _found(tmp_path, "claim", changes, Level.WARNING)
+    [text] = found_at(tmp_path, "claim", changes, Level.WARNING)
     assert text.startswith(f"worker: securityContext {expected}")
 
 
 def test_a_pods_security_context_applies_to_its_containers(tmp_path: Path) -> None:
     changes: dict[tuple[Any, ...], Any] = {(*CONTEXT, key): ... for key in ("runAsNonRoot", "runAsUser")}
     changes |= {(*CONTEXT, "seccompProfile"): ..., (*CONTEXT, "capabilities", "add"): ["NET_BIND_SERVICE"]}
-    assert _found(tmp_path, "claim", changes, Level.WARNING) == []
+    assert found_at(tmp_path, "claim", changes, Level.WARNING) == []
     changes[*WORKER_POD, "securityContext", "runAsNonRoot"] = ...
-    [text] = _found(tmp_path, "claim", changes, Level.WARNING)
+    [text] = found_at(tmp_path, "claim", changes, Level.WARNING)
     assert "lacks runAsNonRoot: true:" in text
 
 
 def test_kueue_and_the_autoscaler(tmp_path: Path) -> None:
     changes = {("metadata", "labels", "kueue.x-k8s.io/queue-name"): "research"}
-    [text] = _found(tmp_path, "elastic", changes, Level.WARNING)
+    [text] = found_at(tmp_path, "elastic", changes, Level.WARNING)
     assert "Kueue admits only RayJobs with a fixed number of pods" in text
 
 
 def test_mismatch_with_the_run_file(tmp_path: Path) -> None:
-    assert "maxReplicas allows 1 workers" in _found(tmp_path, "gpus", {(*WORKERS, "maxReplicas"): 1}, Level.FAILED)[-1]
+    assert (
+        "maxReplicas allows 1 workers" in found_at(tmp_path, "gpus", {(*WORKERS, "maxReplicas"): 1}, Level.FAILED)[-1]
+    )
     gpu = {(*WORKER_POD, "containers", 0, "resources", "limits", "nvidia.com/gpu"): ...}
-    assert "scale.gpus_per_worker is 1" in _found(tmp_path, "gpus", gpu, Level.FAILED)[-1]
+    assert "scale.gpus_per_worker is 1" in found_at(tmp_path, "gpus", gpu, Level.FAILED)[-1]
     cpu = {(*WORKER_POD, "containers", 0, "resources", "requests", "cpu"): "7500m"}
-    assert _found(tmp_path, "gpus", cpu, Level.FAILED) == []  # counted as 8
+    assert found_at(tmp_path, "gpus", cpu, Level.FAILED) == []  # counted as 8
     cpu = {(*WORKER_POD, "containers", 0, "resources", "requests", "cpu"): "4"}
-    assert "4 CPUs in each pod, but scale.cpus_per_worker is 8" in _found(tmp_path, "gpus", cpu, Level.FAILED)[-1]
+    assert "4 CPUs in each pod, but scale.cpus_per_worker is 8" in found_at(tmp_path, "gpus", cpu, Level.FAILED)[-1]
     start = {(*WORKERS, "rayStartParams", "num-cpus"): "2"}
-    assert "2 CPUs in each pod" in _found(tmp_path, "gpus", start, Level.FAILED)[-1]
+    assert "2 CPUs in each pod" in found_at(tmp_path, "gpus", start, Level.FAILED)[-1]
     mount = {(*WORKER_POD, "containers", 0, "volumeMounts", 2): ...}
-    assert "are lost with the pod" in _found(tmp_path, "claim", mount, Level.FAILED)[-1]
+    assert "are lost with the pod" in found_at(tmp_path, "claim", mount, Level.FAILED)[-1]
 
 
 AFFINITY = (*HEAD_POD, "affinity")
@@ -353,7 +263,7 @@ AFFINITY = (*HEAD_POD, "affinity")
     ],
 )
 def test_where_pods_land(tmp_path: Path, run: str, changes: dict[tuple[Any, ...], Any], expected: str | None) -> None:
-    warned = _found(tmp_path, run, changes, Level.WARNING)
+    warned = found_at(tmp_path, run, changes, Level.WARNING)
     assert any(expected in text for text in warned) if expected else warned == []
 
 
@@ -369,15 +279,15 @@ def test_a_config_map_may_be_in_the_cluster(tmp_path: Path) -> None:
     ],
 )
 def test_invalid_groups(tmp_path: Path, changes: dict[tuple[Any, ...], Any], expected: str) -> None:
-    [text] = _found(tmp_path, "spot, then others", changes, Level.FAILED)
+    [text] = found_at(tmp_path, "spot, then others", changes, Level.FAILED)
     assert expected in text
 
 
 def test_references_to_secrets_are_allowed(tmp_path: Path) -> None:
     reference = {"name": "API_TOKEN", "valueFrom": {"secretKeyRef": {"name": "s", "key": "k"}}}
     path = (*WORKER_POD, "containers", 0, "env", 1)
-    assert _found(tmp_path, "object store", {path: reference}, Level.FAILED) == []
-    [text] = _found(tmp_path, "object store", {path: {"name": "API_TOKEN", "value": "abc"}}, Level.FAILED)
+    assert found_at(tmp_path, "object store", {path: reference}, Level.FAILED) == []
+    [text] = found_at(tmp_path, "object store", {path: {"name": "API_TOKEN", "value": "abc"}}, Level.FAILED)
     assert "API_TOKEN is in plain text" in text
     assert "abc" not in text
 
@@ -421,7 +331,7 @@ def test_what_is_a_credential(name: str, value: Any, expected: bool) -> None:
     ],
 )
 def test_credentials_outside_the_environment(tmp_path: Path, changes: dict[tuple[Any, ...], Any], where: str) -> None:
-    [text] = _found(tmp_path, "claim", changes, Level.FAILED)
+    [text] = found_at(tmp_path, "claim", changes, Level.FAILED)
     assert text.startswith(where)
     assert "abcd" not in text
 
@@ -432,7 +342,7 @@ def test_other_values_are_not_credentials(tmp_path: Path) -> None:
         ("spec", "runtimeEnvYAML"): "env_vars: {MAX_NEW_TOKENS: '32'}",
         ("spec", "entrypoint"): "exec outlast train x --take-over -s model.tokenizer=gpt2 --key=$HF_TOKEN",
     }
-    assert _found(tmp_path, "claim", changes, Level.FAILED) == []
+    assert found_at(tmp_path, "claim", changes, Level.FAILED) == []
 
 
 def test_credentials_in_a_config_map() -> None:
@@ -513,7 +423,7 @@ def test_objects_without_rules_are_named(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("name", "is_right"), [("my-run-", True), ("x" * 42, True), ("x" * 43, False), ("7-", False)])
 def test_generated_names(tmp_path: Path, name: str, is_right: bool) -> None:
-    failed = _found(tmp_path, "claim", {("metadata", "name"): ..., ("metadata", "generateName"): name}, Level.FAILED)
+    failed = found_at(tmp_path, "claim", {("metadata", "name"): ..., ("metadata", "generateName"): name}, Level.FAILED)
     assert (failed == []) is is_right
 
 
@@ -526,7 +436,7 @@ def test_malformed_values_in_a_run_file(tmp_path: Path, run: Any) -> None:
 
 def test_malformed_values_in_a_deletion_rule(tmp_path: Path) -> None:
     rule = {"policy": "DeleteCluster", "condition": {"jobStatus": {"a": 1}, "ttlSeconds": [1]}}
-    assert _found(tmp_path, "claim", {("spec", "deletionStrategy"): {"deletionRules": [rule]}}, Level.FAILED)
+    assert found_at(tmp_path, "claim", {("spec", "deletionStrategy"): {"deletionRules": [rule]}}, Level.FAILED)
 
 
 def test_from_stdin(tmp_path: Path) -> None:
