@@ -41,6 +41,13 @@ def render(
     name: Annotated[str | None, Option(help="Name of the RayJob; default: made from the run's.")] = None,
     labels: Annotated[Texts, Option("--label", metavar="KEY=VALUE", help="A label for the RayJob; repeatable.")] = None,
     queue: Annotated[str | None, Option(help="A local queue of Kueue.")] = None,
+    elastic_queue: Annotated[
+        bool, Option("--elastic-queue", help="With --queue: Kueue admits workers as they are added.")
+    ] = False,
+    schedule: Annotated[str | None, Option(help="Times to start or resume the run, in cron's format.")] = None,
+    time_zone: Annotated[str | None, Option(help="Time zone of the schedule.")] = None,
+    sidecar: Annotated[bool, Option("--sidecar", help="Submit the job from a container in the head's pod.")] = False,
+    keep_failed_s: Annotated[int | None, Option(help="Seconds for which the head of a failed run is kept.")] = None,
     claim: Annotated[str | None, Option(help="An existing volume claim; default: a new one.")] = None,
     claim_size: Annotated[str | None, Option(help="Size of a new claim.")] = None,
     storage_class: Annotated[str | None, Option(help="Storage class of a new claim.")] = None,

@@ -64,6 +64,12 @@ def _check_fit(objects: Sequence[Mapping[str, Any]], components: Sequence[str]) 
             "component nfs is a volume for a run's own claim, and this run creates no claim",
             hint="omit --with nfs, or set checkpoint.storage to a path and omit --claim",
         )
+    is_scheduled = any(item["kind"] == "RayCronJob" for item in objects)
+    if is_scheduled and (patches := set(components) & {"dev", "gpu", "kueue", "spot"}):
+        raise ConfigError(
+            f"component {min(patches)} changes a RayJob, and --schedule renders a RayCronJob",
+            hint="use the options of render, such as --spot, instead of --with",
+        )
     if "kueue" in components and any(autoscales(mapping(item, "spec", "rayClusterSpec")) for item in objects):
         raise ConfigError(
             "Kueue admits only RayJobs with a fixed number of pods",

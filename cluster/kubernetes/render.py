@@ -20,7 +20,8 @@ from outlast.cluster.kubernetes.accessors import mapping
 from outlast.cluster.kubernetes.egress import egress_ports, egress_warnings
 from outlast.cluster.kubernetes.ownership import RUN_LABEL, RunIdentity, identity_of
 from outlast.cluster.kubernetes.pod_paths import is_under, mount_path, pod_path, sources
-from outlast.cluster.kubernetes.settings import DRAIN_BEFORE_GRACE_S, LABEL, MAX_NAME, K8sSettings
+from outlast.cluster.kubernetes.settings import DRAIN_BEFORE_GRACE_S, LABEL, MAX_CRON_NAME, MAX_NAME, K8sSettings
+from outlast.cluster.kubernetes.variants import scheduled, set_deletion, set_elastic_queue, set_submission
 
 QUEUE_LABEL = "kueue.x-k8s.io/queue-name"
 #: Labels of spot nodes, by cloud: key and value. Each cloud sets only its own.
@@ -114,12 +115,12 @@ def to_yaml(objects: list[dict[str, Any]]) -> str:
 
 def job_name(run: str, settings: K8sSettings) -> str:
     """Return the RayJob's name: the given one, or one made from the run's name. Raises ConfigError if that fails."""
-    if settings.name is not None:
-        return settings.name
-    name = re.sub(r"[^a-z0-9]+", "-", run.lower()).strip("-")
-    if len(name) > MAX_NAME:
+    longest = MAX_CRON_NAME if settings.schedule else MAX_NAME
+    name = settings.name or re.sub(r"[^a-z0-9]+", "-", run.lower()).strip("-")
+    if len(name) > longest:
+        kind = "RayCronJob" if settings.schedule else "RayJob"
         raise ConfigError(
-            f"run name {run!r} has {len(name)} characters; a RayJob's name has at most {MAX_NAME}",
+            f"name {name!r} has {len(name)} characters; a {kind}'s name has at most {longest}",
             hint="give a shorter name for Kubernetes only: --name NAME",
         )
     if not re.fullmatch(LABEL, name):
@@ -193,16 +194,19 @@ def _ray_job(config: RunConfig, settings: K8sSettings, name: str, claim: str, mo
         _remove_autoscaler(cluster, head["spec"])
     else:
         _set_variables(cluster["autoscalerOptions"], {_ALLOCATE_VARIABLE: settings.fallback_after_s})
-    return job
+    set_submission(spec, settings)
+    set_deletion(spec, settings, autoscales=_autoscales(config, settings))
+    set_elastic_queue(job, settings, autoscales=_autoscales(config, settings))
+    return scheduled(job, settings)
 
 
 def _autoscales(config: RunConfig, settings: K8sSettings) -> bool:
     """Return whether Ray's autoscaler sets the number of pods. Raises ConfigError if so in a Kueue queue."""
     autoscales = config.scale.is_elastic or settings.fallback
-    if autoscales and settings.queue:
+    if autoscales and settings.queue and not settings.elastic_queue:
         raise ConfigError(
             "Kueue admits only RayJobs with a fixed number of pods",
-            hint="give scale.workers as one number and omit --fallback, or omit --queue",
+            hint="give scale.workers as one number and omit --fallback, or omit --queue, or add --elastic-queue",
         )
     return autoscales
 

@@ -10,6 +10,7 @@ import re
 from collections.abc import Mapping
 from importlib.metadata import version
 from typing import Annotated, Any
+from zoneinfo import available_timezones
 
 from pydantic import AfterValidator, Field, ValidationError, field_validator, model_validator
 
@@ -91,6 +92,20 @@ class K8sSettings(Settings):
     """More labels for the RayJob, such as a queue of Volcano or YuniKorn; KubeRay copies them to the cluster."""
     queue: Name | None = None
     """A local queue of Kueue, which then starts the run and may suspend it for others."""
+    elastic_queue: bool = False
+    """With `queue` and `scale.workers: [min, max]`: Kueue admits each worker that is added, instead of a fixed number
+    (its feature ElasticJobsViaWorkloadSlices). To make room for others it still suspends the whole run."""
+    schedule: str | None = None
+    """Times at which the run is started or resumed, in cron's format, such as `0 3 * * *`: a RayCronJob instead of a
+    RayJob (the operator's feature RayCronJob). A run that is complete ends at once."""
+    time_zone: str | None = None
+    """Time zone of `schedule`, such as Europe/Berlin. Default: the operator's."""
+    sidecar: bool = False
+    """Submit the job from a container in the head's pod instead of a pod of its own: no traffic between the two, and no
+    pod to place. KubeRay gives it no security context, so a namespace under the restricted standard refuses it."""
+    keep_failed_s: int | None = Field(None, ge=0)
+    """Seconds for which the head of a failed run is kept, with its logs; workers go at once. Such a run cannot be
+    suspended. Default: `ttl_s`, for all pods."""
 
     claim: Name | None = None
     """An existing volume claim for checkpoints (ReadWriteMany). Default: a new one if storage is a path."""
@@ -154,6 +169,20 @@ class K8sSettings(Settings):
             raise ValueError(f"{value!r} can change between pods: give it a tag other than latest, or a digest")
         return value
 
+    @field_validator("schedule")
+    @classmethod
+    def _check_schedule(cls, value: str | None) -> str | None:
+        if value is not None and not is_schedule(value):
+            raise ValueError(f"{value!r} is not a schedule of cron, such as `0 3 * * *` or @daily")
+        return value
+
+    @field_validator("time_zone")
+    @classmethod
+    def _check_time_zone(cls, value: str | None) -> str | None:
+        if value is not None and value not in available_timezones():
+            raise ValueError(f"{value!r} is not a time zone, such as Europe/Berlin")
+        return value
+
     @field_validator("mount")
     @classmethod
     def _check_mount(cls, value: str | None) -> str | None:
@@ -177,6 +206,14 @@ class K8sSettings(Settings):
     def _check_combinations(self) -> K8sSettings:
         if self.fallback and not self.spot:
             raise ValueError("--fallback needs --spot: it is from spot nodes to others")
+        if self.elastic_queue and not self.queue:
+            raise ValueError("--elastic-queue needs --queue: it is how Kueue admits the workers")
+        if self.queue and self.schedule:
+            raise ValueError("--schedule excludes --queue: KubeRay gives the queue's label to none of the RayJobs")
+        if self.queue and self.keep_failed_s is not None:
+            raise ValueError("--keep-failed-s excludes --queue: Kueue needs shutdownAfterJobFinishes")
+        if self.time_zone and not self.schedule:
+            raise ValueError("--time-zone needs --schedule")
         if self.announced_s >= self.grace_s:
             raise ValueError(f"--notice-s ({self.notice_s}) must be less than --grace-s ({self.grace_s})")
         for option, memory in (("--worker-memory", self.worker_memory), ("--head-memory", self.head_memory)):

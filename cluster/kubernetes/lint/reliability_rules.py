@@ -23,6 +23,7 @@ from outlast.cluster.kubernetes.accessors import (
 )
 from outlast.cluster.kubernetes.render import QUEUE_LABEL, SPOT
 from outlast.cluster.kubernetes.settings import is_pinned
+from outlast.cluster.kubernetes.variants import ELASTIC_ANNOTATION
 
 _LOST_NODE_TAINTS = ("node.kubernetes.io/unreachable", "node.kubernetes.io/not-ready")
 _DO_NOT_DISRUPT = "karpenter.sh/do-not-disrupt"
@@ -85,7 +86,8 @@ def _head(cluster: Mapping[str, Any]) -> Iterator[LintComplaint]:
 
 
 def _queue(job: Mapping[str, Any], cluster: Mapping[str, Any]) -> Iterator[LintComplaint]:
-    if QUEUE_LABEL in mapping(job, "metadata", "labels") and autoscales(cluster):
+    is_elastic = mapping(job, "metadata", "annotations").get(ELASTIC_ANNOTATION) == "true"
+    if QUEUE_LABEL in mapping(job, "metadata", "labels") and autoscales(cluster) and not is_elastic:
         yield "metadata.labels", f"{QUEUE_LABEL} is set, but Kueue admits only RayJobs with a fixed number of pods"
     for where, group in worker_groups(job):
         replicas, low = group.get("replicas"), group.get("minReplicas")

@@ -1,4 +1,4 @@
-"""`outlast k8s lint`: what the API server refuses, the CRD's defaults, schedules, and the release of KubeRay's rules."""
+"""`outlast k8s lint`: what the API server refuses, defaults of the CRD, schedules, and the release of the rules."""
 
 from __future__ import annotations
 

@@ -64,6 +64,11 @@ RUNS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "elastic": ("/data/runs", {"scale": {"workers": [2, 8]}, "exactness": "elastic"}, {"pull_secret": "registry"}),
     "spot, then others": ("s3://bucket/runs", {"scale": {"workers": 4}}, {"spot": True, "fallback": True}),
     "queued": ("/data/runs", {}, {"queue": "research", "labels": ["team=nlp"], "egress_ports": [9000]}),
+    "queued, elastic": (
+        "/data/runs",
+        {"scale": {"workers": [2, 8]}, "exactness": "elastic"},
+        {"queue": "research", "elastic_queue": True},
+    ),
     "open network": ("/data/runs", {}, {"network_policy": False}),
 }
 
@@ -80,8 +85,8 @@ def _quickly(file: TextIO) -> Any:
         return yaml.load(file, Loader=yaml.CSafeLoader)
 
 
-def crd_checker(folder: Path) -> Callable[[str], list[str]]:
-    """What a strict API server that knows KubeRay's CRDs would say to a stream of objects."""
+def crd_checker(folder: Path, kind: str = "rayjobs") -> Callable[[str], list[str]]:
+    """What a strict API server that knows one of KubeRay's CRDs would say to a stream of objects."""
     if not (CRDS.is_dir() and TOOL.is_file()):
         pytest.skip(f"KubeRay's CRDs are not at {SHARED} (OUTLAST_SHARED says where)")
     spec = importlib.util.spec_from_file_location("validate_crd", TOOL)
@@ -89,9 +94,7 @@ def crd_checker(folder: Path) -> Callable[[str], list[str]]:
     assert spec.loader
     tool = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(tool)
-    (folder / "rayjobs.yaml").symlink_to(
-        CRDS / "ray.io_rayjobs.yaml"
-    )  # one of the four: reading them all takes seconds
+    (folder / "crd.yaml").symlink_to(CRDS / f"ray.io_{kind}.yaml")  # reading all four takes seconds
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(yaml, "safe_load", _quickly)
         known = tool.load_crds(str(folder))
