@@ -124,7 +124,7 @@ def _store_url(scheme: str, rest: str) -> str:
         raise ConfigError(f"{scheme}://…: {error}", hint=f"write it as {example}") from error
     has_user = "@" in parts.netloc and scheme not in (*_AZURE_SCHEMES, "hdfs")
     if has_user or parts.password or any("@" in server.netloc for server in servers):
-        hint = "set credentials in the environment: AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
+        hint = "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY in the environment"
         raise ConfigError(f"storage {scheme}://…: a URL must not carry credentials", hint=hint)
     if scheme in (*_BUCKET_SCHEMES, *_AZURE_SCHEMES) and not parts.netloc.strip():
         raise ConfigError(f"{scheme}://{parts.path} names no bucket", hint=f"write it as {example}")
