@@ -26,9 +26,9 @@ DRAIN_BEFORE_GRACE_S = 5  # Ray's drain deadline must come before SIGKILL
 _SYSTEM_DIRS = frozenset(
     {"bin", "boot", "dev", "etc", "lib", "lib32", "lib64", "proc", "root", "run", "sbin", "sys", "tmp", "usr"}
 )
-_IMAGE_DIRS = frozenset({"/", "/home", "/home/ray", "/opt", "/var"})
+_IMAGE_DIRS = frozenset({"/", "/home", "/home/ray", "/opt", "/usr", "/usr/local", "/var", "/var/run"})
 #: Programs of an image: of `k8s/Dockerfile`, of Ray's own images, and of others that are common.
-_PROGRAM_DIRS = ("/opt/outlast", "/opt/conda", "/opt/venv", "/home/ray/anaconda3", "/home/ray/.local", "/var/run")
+_PROGRAM_DIRS = ("/opt/outlast", "/opt/conda", "/opt/venv", "/home/ray/anaconda3", "/home/ray/.local")
 _PACKAGE_DIRS = frozenset({"site-packages", "dist-packages"})
 
 #: Settings whose option is given once for each value, and named in the singular.
@@ -283,11 +283,15 @@ def checked_mount(path: str, what: str) -> str:
             hint=f"set {what} to an absolute path such as /data/runs, or to s3://bucket/prefix",
         )
     path = "/" + posixpath.normpath(path).lstrip("/")
-    parts = path.split("/")
-    is_program = any(f"{path}/".startswith(f"{folder}/") for folder in _PROGRAM_DIRS) or _PACKAGE_DIRS & set(parts)
-    if path in _IMAGE_DIRS or parts[1] in _SYSTEM_DIRS or is_program or ":" in path:
+    if hides_programs(path) or path.split("/")[1] in _SYSTEM_DIRS or ":" in path:
         raise ConfigError(
             f"{what} {path!r} cannot be mounted in a pod: it hides files of the image",
             hint=f"set {what} to a path such as /data/runs",
         )
     return path
+
+
+def hides_programs(path: str) -> bool:
+    """Return whether a volume mounted at a path hides programs of the image, such as its Python."""
+    is_program = any(f"{path}/".startswith(f"{folder}/") for folder in _PROGRAM_DIRS)
+    return is_program or path in _IMAGE_DIRS or not _PACKAGE_DIRS.isdisjoint(path.split("/"))

@@ -3,6 +3,7 @@
 `k8s/README.md` gives the reasons. Pure; no rule trusts the shape of what it reads.
 """
 
+import posixpath
 import re
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -22,7 +23,7 @@ from outlast.cluster.kubernetes.accessors import (
     worker_groups,
 )
 from outlast.cluster.kubernetes.render import QUEUE_LABEL, SPOT
-from outlast.cluster.kubernetes.settings import is_pinned
+from outlast.cluster.kubernetes.settings import hides_programs, is_pinned
 from outlast.cluster.kubernetes.variants import ELASTIC_ANNOTATION
 
 _LOST_NODE_TAINTS = ("node.kubernetes.io/unreachable", "node.kubernetes.io/not-ready")
@@ -113,6 +114,9 @@ def _pod(role: str, pod: Mapping[str, Any]) -> Iterator[LintComplaint]:
 def _container(where: str, container: Mapping[str, Any]) -> Iterator[LintComplaint]:
     if "image" in container and not is_pinned(str(container["image"])):
         yield where, f"image {container['image']!r} can change between pods: give it a tag other than latest"
+    for path in (str(mount.get("mountPath")) for mount in mappings(container, "volumeMounts")):
+        if hides_programs(f"/{posixpath.normpath(path).lstrip('/')}"):
+            yield where, f"a volume at {path} hides programs of the image"
     resources = mapping(container, "resources")
     request, limit = mapping(resources, "requests").get("memory"), mapping(resources, "limits").get("memory")
     if where in ("head", "worker") and (limit is None or request != limit):

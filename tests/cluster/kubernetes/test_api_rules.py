@@ -83,6 +83,12 @@ def test_what_the_api_server_refuses(tmp_path: Path, path: tuple[Any, ...], valu
     assert any(expected in text for text in failed), failed
 
 
+@pytest.mark.parametrize("path", ["/opt/outlast", "/usr", "/home/ray/anaconda3/lib", "/py/site-packages/x", "//opt/"])
+def test_a_mount_over_the_images_programs(tmp_path: Path, path: str) -> None:
+    found = found_at(tmp_path, "claim", {(*WORKER, "volumeMounts", 0, "mountPath"): path}, Level.WARNING)
+    assert f"worker: a volume at {path} hides programs of the image" in found
+
+
 @pytest.mark.parametrize(
     ("text", "number"),
     [("500m", 0.5), ("16Gi", 16 * 2**30), ("1e3", 1000), ("2E", 2e18), ("1Ei", 2**60), (4, 4), ("1.5k", 1500)],
