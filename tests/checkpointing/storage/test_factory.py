@@ -52,6 +52,8 @@ class Bytes:
         ("S3://Bucket/X?region=a", "s3://Bucket/X?region=a"),
         ("gs://bucket", "gs://bucket"),
         ("abfs://container@account.dfs.core.windows.net/x", "abfs://container@account.dfs.core.windows.net/x"),
+        ("s3://${env:BUCKET}/x", "s3://${env:BUCKET}/x"),
+        ("s3://b?endpoint_override=${env:HOST}:${env:PORT}", "s3://b?endpoint_override=${env:HOST}:${env:PORT}"),
         ("//data//runs", Path("/data/runs")),
         ("file:////data/runs", Path("/data/runs")),
         ("a/b://c", Path("a/b:/c")),

@@ -144,6 +144,7 @@ def test_nothing_secret_is_written(read: Read, monkeypatch: pytest.MonkeyPatch) 
     written = yaml.safe_load(objects[0]["data"]["run.yaml"])
     assert written == {**declared, "scale": {"cpus_per_worker": 4}}
     assert written["checkpoint"]["storage"] == "s3://${env:BUCKET}/runs"
+    assert [finding.level for finding in lint(objects)] == [Level.OK]
 
 
 @pytest.mark.parametrize("where", ["checkpoint", "data"])
