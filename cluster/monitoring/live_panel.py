@@ -27,10 +27,12 @@ _COLOURS = {
     TimeCategory.EVALUATE: "cyan",
     TimeCategory.SAVE: "blue",
     TimeCategory.DETECT: "red",
+    TimeCategory.STARTUP: "bright_yellow",
     TimeCategory.RESTART: "yellow",
     TimeCategory.RESTORE: "magenta",
     TimeCategory.REDO: "bright_red",
-    TimeCategory.WAIT: "bright_black",
+    TimeCategory.WAIT: "bright_magenta",
+    TimeCategory.IDLE: "bright_black",
 }
 _STATES = {State.DONE: "bold green", State.FAILED: "bold red", State.LOST: "bold red", State.STOPPED: "bold yellow"}
 

@@ -10,7 +10,7 @@
     return node;
   };
   const colour = (name) => getComputedStyle(document.documentElement).getPropertyValue(`--${name}`).trim();
-  const CATEGORIES = ["train", "evaluate", "save", "detect", "restart", "restore", "redo", "wait"];
+  const CATEGORIES = ["train", "evaluate", "save", "detect", "startup", "restart", "restore", "redo", "wait", "idle"];
 
   // -- numbers ------------------------------------------------------------------------------------------------------
   const integer = (n) => n.toLocaleString("en");
@@ -72,7 +72,7 @@
     tile(integer(data.step), "step", of);
     const evaluated = data.scores.eval_loss;
     tile(data.loss === null ? "–" : digits(data.loss), "loss", evaluated === undefined ? "" : `evaluation ${evaluated === null ? "not finite" : digits(evaluated)}`);
-    tile(data.goodput === null ? "–" : share(data.goodput), "goodput", "share of wall time", true);
+    tile(data.goodput === null ? "–" : share(data.goodput), "goodput", "of the time not idle", true);
     const ends = data.markers.filter((marker) => marker.kind !== "restore").length;
     tile(integer(data.num_lost_steps), "steps lost", `in ${ends} interruption${ends === 1 ? "" : "s"}`);
     const rate = data.tokens_per_s ? [short(data.tokens_per_s), "tokens/s"] : data.samples_per_s ? [short(data.samples_per_s), "samples/s"] : ["–", ""];
