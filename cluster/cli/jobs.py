@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shlex
+import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -127,9 +129,12 @@ def _submit(
         if warning.hint:
             print_line(f"outlast: {warning.text}; {warning.hint}", to_stderr=True)
     job, is_new = jobs.submit(client, config, declared, code=code, ship=ship)
+    if not sys.stdout.isatty():
+        print_line(job.id)
     print_line(f"{'submitted' if is_new else 'already running; attached to'} {job.id}", to_stderr=True)
-    print_line(job.id)
     if follow:
+        text = "following its log, which begins when the cluster has set the job up; Ctrl-C leaves the run running"
+        print_line(text, to_stderr=True)
         from outlast.cluster.monitoring.console_progress import live_panel, terminal
 
         with live_panel(config.store, terminal()):
@@ -201,5 +206,6 @@ def stop(run: Run, address: Address = None) -> None:
     if job is None:
         print_line(f"run {name} has no live job", to_stderr=True)
         return
-    print_line(f"{job.id}: {job.status}; to resume: outlast resume {run}", to_stderr=True)
+    again = shlex.join(["outlast", "resume", run, *(["--address", address] if address else [])])
+    print_line(f"{job.id}: {job.status}; to resume: {again}", to_stderr=True)
     raise Exit(job.exit_code)

@@ -62,7 +62,7 @@ _NUM_FRAMES = 3
 _SILENT = ("worker process has died", "died unexpectedly")
 _LEFT_NO_MESSAGE = "left no error message: killed by a signal, crashed in native code, or out of memory"
 _LEFT_NO_TRACE = (
-    "left no error message and no crash report: killed by SIGKILL (kill -9, a memory limit), or ended by os._exit"
+    "was killed by SIGKILL (kill -9, a memory limit) or ended by os._exit: it left no error message and no crash report"
 )
 #: Ray's words for an actor that it ended itself.
 _INTENDED = ("ray.kill", "out of scope", "intended", "ref count")
@@ -247,7 +247,9 @@ def explain_death(worker: Mapping[str, Any], oom_kills: int | None, crash: str |
     if crash is None:
         return f"{_process(worker)} {_LEFT_NO_MESSAGE}"
     memory = (
-        "the kernel there has killed nothing for lack of memory" if is_known else "whether memory ran out is unknown"
+        "meanwhile the kernel killed nothing there for lack of memory"
+        if is_known
+        else "whether memory ran out is unknown"
     )
     return f"{_process(worker)} {_LEFT_NO_TRACE}; {memory}"
 

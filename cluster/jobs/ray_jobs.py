@@ -25,6 +25,7 @@ from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 from outlast.checkpointing.error_hints import first_line
 from outlast.checkpointing.errors import ConfigError, PreflightError
 from outlast.cluster.config.run_config import RunConfig
+from outlast.cluster.config.run_reference import RESUME_VARIABLE
 from outlast.cluster.jobs.bundle import bundle, copy_package
 from outlast.cluster.output import print_log
 from outlast.cluster.preflight.finding import OPEN_HINT, TOKEN_HINT, Finding, Level
@@ -168,7 +169,10 @@ def submit(
     with bundle(declared, code) as folder:
         runtime_env: dict[str, Any] = {
             "working_dir": str(folder / "work"),
-            "env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": f"{stop_wait_s(config):g}"},
+            "env_vars": {
+                "RAY_JOB_STOP_WAIT_TIME_S": f"{stop_wait_s(config):g}",
+                RESUME_VARIABLE: resume_command(config.name, declared),
+            },
         }
         if ship:
             runtime_env["py_modules"] = [str(copy_package(folder))]
@@ -201,6 +205,13 @@ def run_command(client: JobSubmissionClient, arguments: Sequence[str], declared:
     log: str = client.get_job_logs(job)
     client.delete_job(job)
     return log
+
+
+def resume_command(run: str, declared: Mapping[str, Any], address: str | None = None) -> str:
+    """Return the command with which a client resumes a run: by its place in the storage, as far as that is declared."""
+    storage = str(dict(declared.get("checkpoint") or {}).get("storage", ""))
+    place = f"{storage.rstrip('/')}/{run}" if storage and "$" not in storage and "?" not in storage else run
+    return shlex.join(["outlast", "resume", place, *(["--address", address] if address else [])])
 
 
 def stop_wait_s(config: RunConfig) -> float:

@@ -5,8 +5,8 @@ The rules, which use nothing but the journals:
 - An attempt owns the time from its claim to the next attempt's claim. What a superseded attempt does later is ignored.
   A driver that takes over stops the previous one only when its own attempt claims, so each second counts once.
 - The time up to the first step of the first attempt is startup. In a later attempt, the time up to the first step is
-  restore (without a checkpoint: restart). Then it is training, except for evaluations and for the gaps that saves left between steps. Steps that an earlier attempt had completed are
-  redo; they counted the first time.
+  restore (without a checkpoint: restart). Then it is training, except for evaluations and for the gaps that saves left
+  between steps. Steps that an earlier attempt had completed are redo; they counted the first time.
 - The time from the last known step to the moment when the end was noticed is detection. A killed rank 0 loses up to
   five seconds of its journal; the coordinator remembers its last step. If the coordinator was lost too, these seconds
   are detection, and the steps count when they are repeated.

@@ -249,6 +249,20 @@
     });
   };
 
+  const scoreCharts = () => {
+    $("scores").hidden = !data.scores_by_step.length;
+    for (const [index, { name, x, y }] of data.scores_by_step.entries()) {
+      const place = make("div", "chart low");
+      place.id = `score-${index}`;
+      $("scores").querySelector(".three").append(make("figure", "", make("figcaption", "", `${name}, by step`), place));
+      const range = (u, low, high) => [low - ((high - low) * 0.06 || 0.05), high + ((high - low) * 0.06 || 0.05)];
+      chart(place.id, {
+        rows: [x, y], series: () => [{ ...line(), points: { show: x.length <= 60 } }], byTime: false, value: (n) => digits(n), range,
+        words: (idx) => `step ${integer(x[idx])}\n${name} ${digits(y[idx], 5)}`,
+      });
+    }
+  };
+
   // -- where the time went ------------------------------------------------------------------------------------------
   const timeSpent = () => {
     const strip = $("strip"), total = data.wall_s || 1;
@@ -331,6 +345,7 @@
 
   head();
   lossCharts();
+  scoreCharts();
   timeSpent();
   otherCharts();
   attempts();

@@ -125,7 +125,12 @@ WORKER = {"rank": 1, "pid": 4711, "host": "gpu-3", "node": "7f", "oom_kills": 2}
 @pytest.mark.parametrize(
     ("worker", "evidence", "words", "cause"),
     [
-        (WORKER, (2, ""), ["SIGKILL", "no crash report", "killed nothing for lack of memory"], Cause.WORKER_DIED),
+        (
+            WORKER,
+            (2, ""),
+            ["SIGKILL", "no crash report", "the kernel killed nothing there for lack of memory"],
+            Cause.WORKER_DIED,
+        ),
         (WORKER, (3, ""), ["the kernel killed", "low on memory"], Cause.OUT_OF_HOST_MEMORY),
         (WORKER, (2, "Segmentation fault"), ["crashed in native code: Segmentation fault"], Cause.WORKER_DIED),
         (WORKER, (None, None), ["killed by a signal, crashed in native code, or out of memory"], Cause.WORKER_DIED),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 import pty
@@ -73,9 +74,9 @@ def test_the_whole_panel_at_eighty_columns() -> None:
         "loss     0.045  █▃▂▂▂▁▁▁▁▁▁▁▁▁▁▁▁▁▁▁▁▁▁▁▁▁▁▁▁▁▁▁  eval loss 2.000  lr 0.001",
         "speed    100 tokens/s, 0.8 s/step",
         "saved    step 200, 13 s ago, 1.0 kB, not verified yet, takes 0.5 s, stall 0.1 s",
-        "goodput  59 %  ██████████████████████▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒",
-        "         train 2 min 57 s, restart 49 s, redo 48 s, detect 14 s, restore 10 s,",
-        "         evaluate 2 s",
+        "goodput  59 %  ███████████████████████▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒",
+        "         train 2 min 57 s, redo 48 s, restart 25 s, startup 24 s, detect 14 s,",
+        "         restore 10 s, evaluate 2 s",
         "lost     60 steps, in 2 interruptions",
         f"         {died}  worker died (rank 1) → from step 60: it was killed",
         f"         {hung}  hang (rank 1) → from step 90: it was killed",
@@ -125,6 +126,26 @@ def test_user_text_is_not_markup() -> None:
     text = shown(take_snapshot(timeline, NOW), 120, colour=True)
     assert "[bold red]x[/] :smile: " in text
     assert "\x1b]" not in text
+
+
+def test_scores_beside_the_loss() -> None:
+    scored = {**evaluated(5, 31, 32), "eval_accuracy": 0.875, "eval_subset_accuracy": 2 / 3}
+    timeline = make_timeline(launch("a", 0, NOW - 1), attempt(1, 20, start(21), *steps(1, 9, 30), scored))
+    seen = take_snapshot(timeline, NOW)
+    assert "scores   accuracy 0.875, subset accuracy 0.6667" in shown(seen, 80).splitlines()
+    assert "eval loss 2.000  lr 0.001  accuracy 0.875  subset accuracy 0.6667" in plain_line(seen)
+    assert "scores" not in shown(interrupted_run(), 80)  # it has a loss only
+
+
+def test_a_stop_that_saved_loses_nothing() -> None:
+    """Nor does the stall of its last save, which waits, stand for those in the background."""
+    last = [{**event, "blocked_s": 1.4, "commit_s": 1.4} for event in saved(9, 42)]
+    journal = (start(21), *steps(1, 9, 30), *saved(5, 36), *last, stopped(43, 9))
+    seen = take_snapshot(make_timeline(launch("a", 0, 44, 75), attempt(1, 20, *journal)), NOW)
+    assert "lost     0 steps, in 1 interruption" in shown(seen, 80).splitlines()
+    assert "stall 0.1 s" in shown(seen, 80)
+    only = take_snapshot(make_timeline(launch("a", 0, 44), attempt(1, 20, start(21), *steps(1, 9, 30), *last)), NOW)
+    assert "stall 1.4 s" in shown(only, 80)
 
 
 def test_no_color(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -413,6 +434,32 @@ def test_whole_lines_from_several_threads_on_a_real_terminal() -> None:
     others = [line for line in screen.lines[:402] if not line.startswith(names)]  # two pipes have no order
     assert sorted(others) == ["a child", "no newline at the end"]
     assert screen.lines[402:] == ["after", ""]
+
+
+AFTER_THE_PANEL = """
+import time
+from rich.console import Console
+from outlast.cluster.monitoring.console_progress import ProgressReporter
+console = Console(stderr=True)
+with ProgressReporter("run", console, keep=True) as reporter:
+    reporter({"event": "phase", "name": "data", "launch": "a", "t": time.time()})
+    reporter({"sender": "0001-0001", "event": "start", "t": time.time()})
+    reporter({"sender": "0001-0001", "event": "stop", "step": 3, "t": time.time()})
+reporter.print_line("stopped; to resume: outlast train run.yaml")
+"""
+
+
+def test_a_line_printed_after_the_end_stands_below_the_panel_that_was_kept() -> None:
+    ours, process = on_a_terminal(AFTER_THE_PANEL)
+    received = b""
+    with contextlib.suppress(OSError):  # the other end is closed
+        while part := os.read(ours, 65536):
+            received += part
+    assert process.wait(60) == 0
+    screen = Screen(80)
+    screen.feed(received.decode().replace("\r\n", "\n"))
+    assert "run: stopped; to resume: outlast train run.yaml" in screen.lines
+    assert any(line.startswith("run  stopped, attempt 1") for line in screen.lines)
 
 
 # -- progress reporter -------------------------------------------------------------------------------------------------
