@@ -74,6 +74,10 @@ def test_a_template_is_valid_unchanged(task: str, tmp_path: Path) -> None:
     assert len(texts) == 1
     assert "rows.jsonl does not exist" in texts[0], "nothing but the data is missing"
     rows_of(task, tmp_path)
+    [few] = validate(str(path))
+    assert few.finding.message.endswith("are held out: none of them for eval")  # 2 % of 40 rows
+    data = tmp_path / "rows.jsonl"
+    data.write_text(data.read_text() * 100)
     assert validate(str(path)) == []
     new = ["model.path=null", f"model.config={EXAMPLES[task].new}", "model.tokenizer={train_bpe: 4096}"]
     assert validate(str(path), new) == []
