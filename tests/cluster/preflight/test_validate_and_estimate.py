@@ -80,6 +80,10 @@ def test_a_template_is_valid_unchanged(task: str, tmp_path: Path) -> None:
     data.write_text(data.read_text() * 100)
     assert validate(str(path)) == []
     new = ["model.path=null", f"model.config={EXAMPLES[task].new}", "model.tokenizer={train_bpe: 4096}"]
+    if task == "chat":  # a new tokenizer has no template
+        [missing] = validate(str(path), new)
+        assert "no chat template" in missing.finding.message
+        new.append("data.chat_template='{{ messages[0].content }}'")
     assert validate(str(path), new) == []
 
 
