@@ -202,10 +202,12 @@ def stop(run: Run, address: Address = None) -> None:
     from outlast.cluster.jobs import ray_jobs as jobs
 
     name = run_name(run)
-    job = jobs.stop(jobs.connect(address), name)
+    client = jobs.connect(address)
+    job = jobs.stop(client, name)
     if job is None:
         print_line(f"run {name} has no live job", to_stderr=True)
         return
-    again = shlex.join(["outlast", "resume", run, *(["--address", address] if address else [])])
+    again = jobs.resume_command_of(client, job.id) or shlex.join(["outlast", "resume", run])
+    again += f" --address {shlex.quote(address)}" if address else ""
     print_line(f"{job.id}: {job.status}; to resume: {again}", to_stderr=True)
     raise Exit(job.exit_code)

@@ -207,11 +207,17 @@ def run_command(client: JobSubmissionClient, arguments: Sequence[str], declared:
     return log
 
 
-def resume_command(run: str, declared: Mapping[str, Any], address: str | None = None) -> str:
+def resume_command(run: str, declared: Mapping[str, Any]) -> str:
     """Return the command with which a client resumes a run: by its place in the storage, as far as that is declared."""
     storage = str(dict(declared.get("checkpoint") or {}).get("storage", ""))
     place = f"{storage.rstrip('/')}/{run}" if storage and "$" not in storage and "?" not in storage else run
-    return shlex.join(["outlast", "resume", place, *(["--address", address] if address else [])])
+    return shlex.join(["outlast", "resume", place])
+
+
+def resume_command_of(client: JobSubmissionClient, job_id: str) -> str | None:
+    """Return the command with which the run of a job is resumed; None for a job of an older release."""
+    given = (client.get_job_info(job_id).runtime_env or {}).get("env_vars") or {}
+    return given.get(RESUME_VARIABLE)
 
 
 def stop_wait_s(config: RunConfig) -> float:

@@ -226,7 +226,8 @@ def _metric(config: RunConfig) -> None:
         raise errors[0]
 
 
-def _storage(config: RunConfig) -> None:
+def check_storage(config: RunConfig) -> None:
+    """Raise ConfigError if the storage is a directory that is certainly not writable; it writes nothing."""
     storage = open_storage(config.checkpoint.storage)
     storage.list(config.name)
     if isinstance(storage, LocalStorage):
@@ -243,7 +244,7 @@ def compare_existing_run(config: RunConfig, fingerprint: str | None = None) -> l
 
     Without the data's fingerprint, files of less than `_QUICK_BYTES` are read to compare them.
     """
-    _storage(config)
+    check_storage(config)
     base = build_catalog(config.store).declaration
     with contextlib.suppress(ConfigError):  # data that cannot be read is reported by itself
         if base and not fingerprint and stored_bytes(config.data) < _QUICK_BYTES:
@@ -302,7 +303,7 @@ _CHEAP = (
     Check("train.batch", lambda config: make_plan(config, 1, config.scale.max_workers), frozenset({"train", "scale"})),
     Check("checkpoint.metric", _metric, frozenset({"model", "data", "train", "checkpoint"})),
     Check("track.to", lambda config: check_trackers(config.track), frozenset({"track"})),
-    Check("checkpoint.storage", _storage, frozenset({"checkpoint"})),
+    Check("checkpoint.storage", check_storage, frozenset({"checkpoint"})),
     Check("name", compare_existing_run, _ALL),
 )
 

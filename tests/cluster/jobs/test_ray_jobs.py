@@ -176,12 +176,16 @@ def test_submit_attach_stop_resume(
     deadline = time.monotonic() + 120
     while not read_catalog(remote, "far").accepted and time.monotonic() < deadline:
         time.sleep(0.1)
-    outlast("stop", "far", *at, code=75)
+    stopped = outlast("stop", "far", *at, code=75).stderr
+    assert f"to resume: outlast resume {url}/far --address {at[-1]}" in stopped.replace("'", "")
     seen = json.loads(outlast("status", f"{url}/far", *at, "--json").stdout)
     assert seen["state"] == "stopped"
     assert [job["status"] for job in seen["jobs"]] == ["STOPPED"]
     assert seen["newest_checkpoint"]["step"] == seen["step"] > 0
-    assert "stop requested" in outlast("logs", "far", *at).stdout
+    log = outlast("logs", "far", *at).stdout
+    assert "stop requested" in log
+    assert "to resume: outlast resume " in log, "the client's command, not that of the run file in the job"
+    assert "outlast train run.yaml" not in log
 
     assert outlast("resume", f"{url}/far", *at).stdout.strip() == "far-2"
     again = outlast("submit", str(run_file), *at, "--follow")

@@ -107,9 +107,8 @@ def test_scores_belong_to_the_data_that_they_were_measured_on(
     settings = {"data": {"train": ["/secret/train.csv"], "eval": "/secret/test.csv"}}
     monkeypatch.setattr("outlast.cluster.monitoring.model_card.read_claim", lambda *_: {"settings": settings})
     said = ModelCard(model_card(found, read_content(found)).decode())
-    results = said.data.eval_results
-    assert results is not None
-    assert {result.dataset_name for result in results} == {"test.csv"}
+    [model] = said.data.to_dict()["model-index"]
+    assert {result["dataset"]["name"] for result in model["results"]} == {"test.csv"}
     assert "## Metrics\n\nOn `test.csv`." in said.content
     assert "## Data\n\n`train.csv`" in said.content
     assert "/secret" not in said.content

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,6 +26,7 @@ from tests.support.groups.worker_group import run_group, tiny_config
 
 ANSWERED = [{"prompt": f"What is {number} and one?", "response": f"It is {number + 1}."} for number in range(79)]
 ALPACA = [{"instruction": "Add one.", "input": str(number), "output": str(number + 1)} for number in range(79)]
+OUTLAST = str(Path(sys.executable).parent / "outlast")
 NO_ROWS = pa.table({"text": pa.array([], pa.string())})
 
 
@@ -89,6 +92,14 @@ def test_more_cpus_than_this_machine_has(run_file: str) -> None:
     [found] = unverified(run_file, ["scale.cpus_per_worker=4000"])
     assert "the workers need 4000 CPUs, and this machine has" in found
     assert unverified(run_file, ["scale.cpus_per_worker=0.1"]) == []
+
+
+def test_a_start_on_a_storage_that_is_not_writable_ends_at_once(run_file: str) -> None:
+    command = [OUTLAST, "train", run_file, "-s", "checkpoint.storage=/proc/runs"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2
+    assert "checkpoint.storage /proc/runs: /proc is not writable" in done.stderr
+    assert "preparing data" not in done.stderr
 
 
 def test_storage_that_holds_no_files(run_file: str) -> None:
