@@ -128,26 +128,6 @@ def test_user_text_is_not_markup() -> None:
     assert "\x1b]" not in text
 
 
-def test_scores_beside_the_loss() -> None:
-    scored = {**evaluated(5, 31, 32), "eval_accuracy": 0.875, "eval_subset_accuracy": 2 / 3}
-    timeline = make_timeline(launch("a", 0, NOW - 1), attempt(1, 20, start(21), *steps(1, 9, 30), scored))
-    seen = take_snapshot(timeline, NOW)
-    assert "scores   accuracy 0.875, subset accuracy 0.6667" in shown(seen, 80).splitlines()
-    assert "eval loss 2.000  lr 0.001  accuracy 0.875  subset accuracy 0.6667" in plain_line(seen)
-    assert "scores" not in shown(interrupted_run(), 80)  # it has a loss only
-
-
-def test_a_stop_that_saved_loses_nothing() -> None:
-    """Nor does the stall of its last save, which waits, stand for those in the background."""
-    last = [{**event, "blocked_s": 1.4, "commit_s": 1.4} for event in saved(9, 42)]
-    journal = (start(21), *steps(1, 9, 30), *saved(5, 36), *last, stopped(43, 9))
-    seen = take_snapshot(make_timeline(launch("a", 0, 44, 75), attempt(1, 20, *journal)), NOW)
-    assert "lost     0 steps, in 1 interruption" in shown(seen, 80).splitlines()
-    assert "stall 0.1 s" in shown(seen, 80)
-    only = take_snapshot(make_timeline(launch("a", 0, 44), attempt(1, 20, start(21), *steps(1, 9, 30), *last)), NOW)
-    assert "stall 1.4 s" in shown(only, 80)
-
-
 def test_no_color(monkeypatch: pytest.MonkeyPatch) -> None:
     colours = re.compile(r"\x1b\[[0-9;]*(3\d|9\d)[0-9;]*m")
     assert colours.search(shown(interrupted_run(), 80, colour=True))
