@@ -209,7 +209,7 @@ def run_command(client: JobSubmissionClient, arguments: Sequence[str], declared:
 
 def resume_command(run: str, declared: Mapping[str, Any]) -> str:
     """Return the command with which a client resumes a run: by its place in the storage, as far as that is declared."""
-    storage = str(dict(declared.get("checkpoint") or {}).get("storage", ""))
+    storage = str(dict(declared.get("checkpoint") or {}).get("storage") or "")
     place = f"{storage.rstrip('/')}/{run}" if storage and "$" not in storage and "?" not in storage else run
     return shlex.join(["outlast", "resume", place])
 
