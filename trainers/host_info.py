@@ -10,6 +10,10 @@ from typing import Any
 import psutil
 import torch
 
+_CRASH = re.compile(r"^Fatal Python error: (.+)$", re.MULTILINE)
+#: Bytes at the end of a log in which a crash is searched.
+_LOG_BYTES = 20_000
+
 
 def host_facts(device: torch.device | None) -> dict[str, Any]:
     """Return name and number of processors, bytes of memory, and the GPU's name, if the device is one."""
@@ -37,3 +41,15 @@ def num_oom_kills() -> int | None:
             if match:
                 return int(match[1])
     return None
+
+
+def death_evidence(log: str) -> tuple[int | None, str | None]:
+    """Return `num_oom_kills`, and the crash that Python's fault handler wrote at the end of a dead worker's log.
+
+    The crash is empty if the log has none, and None if the log cannot be read. SIGKILL leaves none.
+    """
+    with suppress(OSError), open(log, "rb") as file:
+        file.seek(max(0, os.path.getsize(log) - _LOG_BYTES))
+        crashes = _CRASH.findall(file.read().decode(errors="replace"))
+        return num_oom_kills(), crashes[-1].strip() if crashes else ""
+    return num_oom_kills(), None

@@ -31,7 +31,7 @@ from outlast.checkpointing.storage.retry import retry
 #: Exit codes of a launch after which the run may be started again, or whose message names what to do first.
 _SETTLED = frozenset({0, 2, 3, 5, 75, 130})
 #: Those of a launch that ended as intended.
-_ORDERLY = frozenset({0, 75, 130})
+ORDERLY_EXITS = frozenset({0, 75, 130})
 _STARTS_BEFORE_SKIPPING = 2
 
 
@@ -95,7 +95,7 @@ def end_of_attempt(
     # The ranks of a killed driver outlive it by a moment, and report broken connections or nothing.
     is_alone = not has_successor and not alive.get("ended")
     is_settled = exit_code in _SETTLED
-    if exit_code in _ORDERLY or (has_successor and (failed is None or is_settled or (resize and resize.planned))):
+    if exit_code in ORDERLY_EXITS or (has_successor and (failed is None or is_settled or (resize and resize.planned))):
         cause = ("resized" if resize and resize.planned else "restarted") if has_successor else "stopped"
         return AttemptEnd(AttemptOutcome.SETTLED, cause, has_successor=has_successor)
     settled = AttemptOutcome.SETTLED if is_settled else None

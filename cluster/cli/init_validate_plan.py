@@ -77,5 +77,7 @@ def plan(run_file: RunFile, overrides: Overrides = None, as_json: AsJson = False
     else:
         for line in describe(estimate):
             print_line(line)
+    if estimate.shortage:
+        print_line(f"outlast train may fail: {estimate.shortage}", to_stderr=True)
     for found in compare_existing_run(config, estimate.walk.fingerprint):
         print_line(f"outlast train will fail: {found}", to_stderr=True)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shlex
+import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -126,12 +128,15 @@ def _submit(
         if warning.hint:
             print_line(f"outlast: {warning.text}; {warning.hint}", to_stderr=True)
     job, is_new = jobs.submit(client, config, declared, code=code, ship=ship)
+    if not sys.stdout.isatty():
+        print_line(job.id)
     print_line(f"{'submitted' if is_new else 'already running; attached to'} {job.id}", to_stderr=True)
-    print_line(job.id)
     if follow:
         from outlast.cluster.jobs.job_log import follow as follow_log
         from outlast.cluster.monitoring.console_progress import live_panel, terminal
 
+        text = "following its log, which begins when the cluster has set the job up; Ctrl-C leaves the run running"
+        print_line(text, to_stderr=True)
         with live_panel(config.store, terminal()):
             ended = follow_log(client, job.id)
         raise Exit(ended.exit_code)
@@ -223,9 +228,12 @@ def stop(run: Run, address: Address = None) -> None:
     from outlast.cluster.jobs import ray_jobs as jobs
 
     name = run_name(run)
-    job = jobs.stop(jobs.connect(address), name)
+    client = jobs.connect(address)
+    job = jobs.stop(client, name)
     if job is None:
         print_line(f"run {name} has no live job", to_stderr=True)
         return
-    print_line(f"{job.id}: {job.status}; to resume: outlast resume {run}", to_stderr=True)
+    again = jobs.resume_command_of(client, job.id) or shlex.join(["outlast", "resume", run])
+    again += f" --address {shlex.quote(address)}" if address else ""
+    print_line(f"{job.id}: {job.status}; to resume: {again}", to_stderr=True)
     raise Exit(job.exit_code)

@@ -257,7 +257,10 @@ def _read(file: str) -> list[dict[str, Any]]:
         raise ConfigError(f"{file} cannot be read: {error.strerror}", hint=hint) from error
     except UnicodeDecodeError as error:
         raise ConfigError(f"{file} is not a text file: {error.reason}", hint=hint) from error
-    return read_objects(text)
+    try:
+        return read_objects(text)
+    except ConfigError as error:
+        raise ConfigError(f"{'stdin' if file == '-' else file}: {error.message}", hint=error.hint) from error
 
 
 def _read_and_lint(files: list[str], kuberay: str | None) -> tuple[list[dict[str, Any]], list[Finding]]:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from typer import Exit, Option
 
 from outlast.cluster.cli.options import Overrides, RunFile
+from outlast.cluster.config.run_reference import RESUME_VARIABLE
 from outlast.cluster.output import print_line
 
 if TYPE_CHECKING:
@@ -34,7 +35,10 @@ def train(
     from outlast.cluster.driver.signals import respond_to_signals
 
     config, declared = load_run(str(run_file), overrides or [])
-    interruption = _Interruption(config.name)
+    options = [part for item in overrides or [] for part in ("-s", item)] + (["--address", address] if address else [])
+    of_client = os.environ.get(RESUME_VARIABLE)  # the client's run file has another name, or is on another machine
+    again = of_client or shlex.join(["outlast", "train", str(run_file), *options])
+    interruption = _Interruption(config.name, again)
     with respond_to_signals(interruption.announce, interruption.quit):
         print_line(f"{config.name}: starting", to_stderr=True)
         from outlast.cluster.driver.launch import Launch
@@ -47,23 +51,22 @@ def train(
             launch = Launch(config, declared, take_over=take_over, code=code, tell=reporter)
             interruption.reporter, interruption.launch = reporter, launch
             finished = launch.run(address)
-    options = [part for item in overrides or [] for part in ("-s", item)] + (["--address", address] if address else [])
-    again = shlex.join(["outlast", "train", str(run_file), *options])
     if finished.model is not None:
         reporter.print_line("done")
         print_line(f"{config.checkpoint.storage}/{finished.model}")
     elif finished.outcome is Outcome.STOPPED:
         reporter.print_line(f"stopped, with a committed checkpoint; to resume: {again}")
     else:
-        reporter.print_line(f"another launch has this run; to take it over: {again} --take-over")
+        taking = "" if of_client else f"; to take it over: {again} --take-over"
+        reporter.print_line(f"another launch has this run{taking}")
     raise Exit(finished.outcome.exit_code)
 
 
 class _Interruption:
     """What Ctrl-C prints and does at once, while the main thread may be busy for seconds."""
 
-    def __init__(self, title: str) -> None:
-        self._title = title
+    def __init__(self, title: str, again: str) -> None:
+        self._title, self._again = title, again
         self.reporter: ProgressReporter | None = None
         self.launch: Launch | None = None
 
@@ -81,7 +84,7 @@ class _Interruption:
             thread.start()
             thread.join(_QUIT_S)
         exit_code, saved = found[-1]
-        self._print(f"quit immediately; {saved}")
+        self._print(f"quit immediately; {saved}; to go on: {self._again}")
         os._exit(exit_code)
 
     def _print(self, text: str) -> None:

@@ -16,6 +16,8 @@ if TYPE_CHECKING:  # every command imports this module; `outlast --help` needs n
 
 #: TOML is no longer supported; reading a TOML file raises an error that explains it.
 RUN_FILES = (".yaml", ".yml", ".toml")
+#: Variable of a driver that a client started: the command with which the client resumes the run.
+RESUME_VARIABLE = "OUTLAST_RESUME"
 
 
 def find_run(text: str, root: str) -> tuple[RunStore, Retention]:

@@ -39,6 +39,7 @@ from outlast.cluster.fault_tolerance.failure_callback import gave_up
 from outlast.cluster.fault_tolerance.failure_cause import RunFailed
 from outlast.cluster.fault_tolerance.restart_policy import decide_give_up
 from outlast.cluster.preflight.doctor import preflight
+from outlast.cluster.preflight.validate import check_storage
 from outlast.trainers.attempt import Assignment
 from outlast.trainers.checks.dry_step import dry_step
 from outlast.trainers.checks.model_checks import check_architecture, check_code, check_metric, check_model
@@ -153,7 +154,7 @@ class Launch:
         store, name = self.store, self.config.name
         make_importable(self.code)
         with _preflight():
-            store.storage.list(name)  # no retries: the path may be mistyped
+            check_storage(self.config)  # lists it without retries: the path may be mistyped
             catalog = build_catalog(store)
             check_unread(store, catalog, catalog.accepted[0].ref if catalog.accepted else None)
             base = catalog.declaration

@@ -43,6 +43,8 @@ from outlast.cluster.ray_internals import WorkerGroupCallback, WorkerGroupStartu
 #: Bytes kept from the end of a log.
 _LOG_BYTES = 20_000
 SEARCH_S = 20.0
+#: Ray's tables may show a death this much later than its errors do, and only they lead to the process and its host.
+_TABLES_S = 2.0
 #: Global, because the recorder is pickled to the controller, and a lock cannot be.
 _JOURNAL_LOCK = threading.Lock()
 
@@ -139,7 +141,8 @@ class FailureRecorder(WorkerGroupCallback):
         coordinator = find_coordinator(self._location[2])
         hung: Hang | None = coordinator.take_hang()
         hang = Failure(Cause.HANG, hung.ranks[0], hung.message) if hung else None
-        deadline = time.monotonic() + (SEARCH_S if workers else 0)
+        began = time.monotonic()
+        deadline = began + (SEARCH_S if workers else 0)
         while True:
             drained = bool(coordinator.was_drained(attempt))
             deaths: list[Death] = []
@@ -147,7 +150,8 @@ class FailureRecorder(WorkerGroupCallback):
                 deaths = find_deaths(workers)
             known = [item for item in (classify(errors.copy(), deaths, drained=drained), hang) if item]
             failure = max(known, key=lambda item: item.cause.weight, default=None)
-            if failure is not None or time.monotonic() > deadline:
+            is_traced = failure is not None and (failure.cause is not Cause.WORKER_DIED or deaths or not workers)
+            if is_traced or time.monotonic() > (deadline if failure is None else began + _TABLES_S):
                 break
             time.sleep(0.2)
         rank = min(errors)

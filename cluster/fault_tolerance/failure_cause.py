@@ -23,7 +23,7 @@ from outlast.checkpointing.errors import OutlastError
 from outlast.checkpointing.redaction import redact
 from outlast.checkpointing.run_store.attempt_history import is_secondary_error
 from outlast.cluster.ray_internals import actors
-from outlast.trainers.host_info import num_oom_kills
+from outlast.trainers.host_info import death_evidence
 from outlast.trainers.user_code import describe_error, user_frames
 
 
@@ -60,8 +60,9 @@ OWN_RAY = "outlast-ray-"
 _NUM_FRAMES = 3
 #: Ray's words for a process that ended without reporting an error. Ray does not know the signal.
 _SILENT = ("worker process has died", "died unexpectedly")
-_LEFT_NO_MESSAGE = (
-    "the worker process ended and left no error message: killed by a signal, crashed in native code, or out of memory"
+_LEFT_NO_MESSAGE = "left no error message: killed by a signal, crashed in native code, or out of memory"
+_LEFT_NO_TRACE = (
+    "was killed by SIGKILL (kill -9, a memory limit) or ended by os._exit: it left no error message and no crash report"
 )
 #: Ray's words for an actor that it ended itself.
 _INTENDED = ("ray.kill", "out of scope", "intended", "ref count")
@@ -160,7 +161,7 @@ def classify(errors: Mapping[int, BaseException], deaths: Sequence[Death], *, dr
             continue  # it cannot be reached just now: Ray's tables will show whether it or its node is gone
         if isinstance(error, RayActorError):
             drained = drained or bool(getattr(error, "preempted", False))
-            failures.append(Failure(_cause_of_death(message, drained), rank, _plain_death(message.splitlines()[0])))
+            failures.append(Failure(_cause_of_death(message, drained), rank, _plain_death(message)))
         elif not is_secondary_error(message):
             excerpt = error.excerpt if isinstance(error, RankError) else ""
             failures.append(Failure(_cause_of_error(message), rank, message.splitlines()[-1], excerpt=excerpt))
@@ -211,17 +212,46 @@ def find_deaths(workers: Sequence[Mapping[str, Any]]) -> list[Death]:
         cause = str(row.get("DeathCause", ""))
         if row.get("State") == "DEAD" and not any(word in cause for word in _INTENDED):
             match = re.search(r'error_message: "(.*?)(?:\.|\\n|")', cause)
-            message = _plain_death(match[1] if match else "the worker died")
+            message = match[1] if match else "the worker died"
             if is_host_shortage(cause):
-                message = "Ray ended the worker because the node was running low on memory"
-            elif was_killed_by_kernel(worker):
-                message = "the kernel killed the worker because the node was running low on memory"
+                message = f"Ray ended {_process(worker)} because the node was running low on memory"
+            elif match is None or any(word in message for word in _SILENT):
+                message = explain_death(worker, *_evidence(worker))
             deaths.append(Death(worker["rank"], message))
     return deaths
 
 
+def _process(worker: Mapping[str, Any]) -> str:
+    return f"worker process {worker['pid']} on {worker.get('host', worker['node'])}"
+
+
 def _plain_death(message: str) -> str:
-    return _LEFT_NO_MESSAGE if any(word in message for word in _SILENT) else message
+    """Return the first line of Ray's error for a dead actor, or what it means."""
+    pid = re.search(r"^\s*pid: (\d+)$", message, re.MULTILINE)
+    is_silent = any(word in message for word in _SILENT)
+    return f"worker process{f' {pid[1]}' if pid else ''} {_LEFT_NO_MESSAGE}" if is_silent else message.splitlines()[0]
+
+
+def explain_death(worker: Mapping[str, Any], oom_kills: int | None, crash: str | None) -> str:
+    """Return why a worker's process ended without reporting an error, as far as its host shows.
+
+    `worker` is the rank in the attempt's claim: `pid`, `host`, and `oom_kills` at its start. The others are those of
+    `death_evidence`; None means unknown.
+    """
+    before = worker.get("oom_kills")
+    is_known = oom_kills is not None and before is not None
+    if is_known and int(oom_kills or 0) > int(before or 0):
+        return f"the kernel killed {_process(worker)} because the node was running low on memory"
+    if crash:
+        return f"{_process(worker)} crashed in native code: {crash}"
+    if crash is None:
+        return f"{_process(worker)} {_LEFT_NO_MESSAGE}"
+    memory = (
+        "meanwhile the kernel killed nothing there for lack of memory"
+        if is_known
+        else "whether memory ran out is unknown"
+    )
+    return f"{_process(worker)} {_LEFT_NO_TRACE}; {memory}"
 
 
 def is_host_shortage(message: str) -> bool:
@@ -229,19 +259,14 @@ def is_host_shortage(message: str) -> bool:
     return any(word in message for word in (*_HOST_WORDS, *_RAY_WORDS))
 
 
-def was_killed_by_kernel(worker: Mapping[str, Any]) -> bool:
-    """Return whether the kernel of a dead worker's node has killed a process for lack of memory since the worker began.
-
-    `worker` is the rank in the attempt's claim: `node`, and `oom_kills` at its start.
-    """
-    before = worker.get("oom_kills")
-    if before is None:
-        return False
+def _evidence(worker: Mapping[str, Any]) -> tuple[int | None, str | None]:
+    """Return `death_evidence` of a dead worker, from its own node."""
+    log = str(worker.get("log", ""))
     if worker["node"] == ray.get_runtime_context().get_node_id():
-        return (num_oom_kills() or 0) > int(before)
+        return death_evidence(log)
     on_node = NodeAffinitySchedulingStrategy(worker["node"], soft=False)
-    read_count = ray.remote(num_cpus=0, scheduling_strategy=on_node, max_retries=0)(num_oom_kills)
+    read = ray.remote(num_cpus=0, scheduling_strategy=on_node, max_retries=0)(death_evidence)
     with suppress(RayError, ValueError):  # the node does not answer: unknown
-        now: int | None = ray.get(read_count.remote(), timeout=_TIMEOUT_S)
-        return now is not None and now > int(before)
-    return False
+        found: tuple[int | None, str | None] = ray.get(read.remote(log), timeout=_TIMEOUT_S)
+        return found
+    return None, None

@@ -26,6 +26,7 @@ from outlast.checkpointing.error_hints import did_you_mean, first_line
 from outlast.checkpointing.errors import ConfigError, PreflightError
 from outlast.checkpointing.storage.location import is_url
 from outlast.cluster.config.run_config import RunConfig
+from outlast.cluster.config.run_reference import RESUME_VARIABLE
 from outlast.cluster.jobs.bundle import bundle, copy_package
 from outlast.cluster.jobs.job_server import ANSWER_TIMEOUT_S, CONNECT_TIMEOUT_S, JobExists, JobServer
 from outlast.cluster.preflight.finding import OPEN_HINT, Finding, Level
@@ -184,7 +185,10 @@ def _submit_as(
     with bundle(declared, code) as folder:
         runtime_env: dict[str, Any] = {
             "working_dir": str(folder / "work"),
-            "env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": f"{stop_wait_s(config):g}"},
+            "env_vars": {
+                "RAY_JOB_STOP_WAIT_TIME_S": f"{stop_wait_s(config):g}",
+                RESUME_VARIABLE: resume_command(config.name, declared),
+            },
         }
         if ship:
             runtime_env["py_modules"] = [str(copy_package(folder))]
@@ -213,6 +217,19 @@ def run_command(client: JobServer, arguments: Sequence[str], declared: Mapping[s
     log: str = client.get_job_logs(job)
     client.delete_job(job)
     return log
+
+
+def resume_command(run: str, declared: Mapping[str, Any]) -> str:
+    """Return the command with which a client resumes a run: by its place in the storage, as far as that is declared."""
+    storage = str(dict(declared.get("checkpoint") or {}).get("storage") or "")
+    place = f"{storage.rstrip('/')}/{run}" if storage and "$" not in storage and "?" not in storage else run
+    return shlex.join(["outlast", "resume", place])
+
+
+def resume_command_of(client: JobServer, job_id: str) -> str | None:
+    """Return the command with which the run of a job is resumed; None for a job of an older release."""
+    given = (client.get_job_info(job_id).runtime_env or {}).get("env_vars") or {}
+    return given.get(RESUME_VARIABLE)
 
 
 def stop_wait_s(config: RunConfig) -> float:

@@ -39,6 +39,7 @@ _ACTIVITIES = {
     events.NoRoomEvent: "waiting for resources",
     events.StoppingEvent: "stopping",
     events.PlanEvent: "",
+    events.StopEvent: "stopped",
 }
 
 
@@ -206,7 +207,7 @@ def live_panel(store: RunStore, console: Console, *, keep: bool = False) -> Iter
     The storage is read at most once in `WATCH_PERIOD_S`; if it does not answer, the last summary stays. Without a
     terminal nothing is shown.
     """
-    reader, lock = TimelineReader(store), threading.Lock()
+    reader, lock, began = TimelineReader(store), threading.Lock(), time.monotonic()
     read_at, trouble = 0.0, ""
 
     def poll() -> RunSnapshot:
@@ -223,7 +224,10 @@ def live_panel(store: RunStore, console: Console, *, keep: bool = False) -> Iter
 
     def lines(width: int) -> list[Text]:
         summary = poll()
-        return panel(summary, width) if summary.num_attempts or summary.state is not State.UNATTENDED else []
+        if summary.num_attempts or summary.state is not State.UNATTENDED:
+            return panel(summary, width)
+        waited = duration(time.monotonic() - began)
+        return [Text.assemble((f"{store.run}  ", "bold"), f"waiting {waited} for its driver to start")]
 
     if not is_live(console):
         yield poll

@@ -4,14 +4,16 @@ The rules, which use nothing but the journals:
 
 - An attempt owns the time from its claim to the next attempt's claim. What a superseded attempt does later is ignored.
   A driver that takes over stops the previous one only when its own attempt claims, so each second counts once.
-- Within an attempt, the time up to the first step is restore (without a checkpoint: restart). Then it is training,
-  except for evaluations and for the gaps that saves left between steps. Steps that an earlier attempt had completed are
-  redo; they counted the first time.
+- The time up to the first step of the first attempt is startup. In a later attempt, the time up to the first step is
+  restore (without a checkpoint: restart). Then it is training, except for evaluations and for the gaps that saves left
+  between steps. Steps that an earlier attempt had completed are redo; they counted the first time.
 - The time from the last known step to the moment when the end was noticed is detection. A killed rank 0 loses up to
   five seconds of its journal; the coordinator remembers its last step. If the coordinator was lost too, these seconds
   are detection, and the steps count when they are repeated.
-- If the driver was gone too, or had ended on purpose, the time until the next launch is waiting. So is the time in
-  which the cluster had no room for the worker group.
+- If the driver was gone too, the time until the next launch is waiting. So is the time in which the cluster had no room
+  for the worker group.
+- If the driver had ended in order (stopped on request, or done), the time until the next launch is idle, and goodput
+  leaves it out: the run was not meant to train then.
 - Hosts' clocks differ. The cursor only moves forward, and what is before it is cut off, so no category is ever negative
   and the sum is the wall time.
 
@@ -29,7 +31,7 @@ from enum import Enum
 from itertools import accumulate
 from math import inf
 
-from outlast.checkpointing.run_store.attempt_history import AttemptEnd
+from outlast.checkpointing.run_store.attempt_history import ORDERLY_EXITS, AttemptEnd
 from outlast.checkpointing.run_store.events import ResumeEvent
 from outlast.cluster.monitoring.timeline import Timeline
 from outlast.cluster.monitoring.timeline_records import AttemptTimeline
@@ -42,10 +44,12 @@ class TimeCategory(Enum):
     EVALUATE = "evaluate", "evaluations"
     SAVE = "save_stall", "training waited for a save, or for the finished model to be written"
     DETECT = "detect", "from the last completed step until the failure was detected"
-    RESTART = "restart", "starting the launch, data, Ray, processes, imports and groups; the first start too"
+    STARTUP = "startup", "the first start, up to the first step: data, Ray, processes, imports, groups, model"
+    RESTART = "restart", "later starts of launches and worker groups, up to the claim"
     RESTORE = "restore", "from the claim to the first step: loading model, data and checkpoint"
     REDO = "redo", "steps repeated because the checkpoint was older"
-    WAIT = "wait", "no active launch, or the cluster had no room"
+    WAIT = "wait", "no active launch after an unexpected end, no room in the cluster, or the driver was ending"
+    IDLE = "idle", "no active launch after a requested stop or the end; goodput leaves it out"
 
     label: str
     description: str
@@ -85,18 +89,20 @@ class GoodputReport:
 
     @property
     def goodput(self) -> float | None:
-        """The share of wall time spent on steps that count; None if there is no time yet."""
-        return self.seconds[TimeCategory.TRAIN] / self.wall_s if self.wall_s else None
+        """The share of wall time, idle time left out, spent on steps that count; None if there is no time yet."""
+        seconds = self.seconds
+        active_s = self.wall_s - seconds[TimeCategory.IDLE]
+        return seconds[TimeCategory.TRAIN] / active_s if active_s > 0 else None
 
 
 @dataclass(frozen=True, slots=True)
 class _LaunchInterval:
-    """An interval in which a launch was active or, if `no_room`, waited for cluster resources."""
+    """An interval in which a launch was active (restart), waited for resources (wait), or had ended in order (idle)."""
 
     begin: float
     end: float
     launch: str
-    no_room: bool
+    category: TimeCategory
 
 
 class _GoodputBuilder:
@@ -105,6 +111,8 @@ class _GoodputBuilder:
     def __init__(self, intervals: Iterable[_LaunchInterval], begin: float, end: float) -> None:
         self.cursor, self._end = begin, end
         self.spans: list[TimeSpan] = []
+        #: The category of a launch that starts workers: startup until the first attempt has claimed the run.
+        self.starting = TimeCategory.STARTUP
         #: Launches that start no more groups, though they may take a while to end.
         self.finished = set[str]()
         self._ahead = deque(sorted(intervals, key=lambda item: item.begin))
@@ -122,15 +130,19 @@ class _GoodputBuilder:
         self.cursor = until
 
     def fill_unowned(self, until: float) -> None:
-        """Assign time that no attempt owns: restart while a launch is active and has room, else wait."""
+        """Assign time that no attempt owns: restart while a launch is active and has room, else wait or idle."""
         while self._ahead and self._ahead[0].begin < until:
             self._overlapping.append(self._ahead.popleft())
         self._overlapping = [item for item in self._overlapping if item.end > self.cursor]
-        found = [item for item in self._overlapping if item.no_room or item.launch not in self.finished]
+        active = TimeCategory.RESTART
+        found = [item for item in self._overlapping if item.category is not active or item.launch not in self.finished]
         cuts = sorted({at for item in found for at in (item.begin, item.end) if self.cursor < at < until})
         for at in [*cuts, until]:
-            no_room = {item.no_room for item in found if item.begin <= self.cursor < item.end}
-            self.fill(at, TimeCategory.RESTART if no_room == {False} else TimeCategory.WAIT)
+            here = {item.category for item in found if item.begin <= self.cursor < item.end}
+            if TimeCategory.WAIT in here or not here:
+                self.fill(at, TimeCategory.WAIT)
+            else:
+                self.fill(at, self.starting if active in here else TimeCategory.IDLE)
 
 
 def account_time(timeline: Timeline, now: float) -> GoodputReport:
@@ -147,12 +159,14 @@ def account_time(timeline: Timeline, now: float) -> GoodputReport:
         run_end = float(newest.alive["t"])
     else:
         run_end = now if newest is not None and newest.is_live(now) else timeline.last_seen_at(now)
-    builder = _GoodputBuilder([*_active_intervals(timeline, now), *_no_room_intervals(timeline)], begin, run_end)
+    intervals = [*_active_intervals(timeline, now), *_no_room_intervals(timeline), *_idle_intervals(timeline)]
+    builder = _GoodputBuilder(intervals, begin, run_end)
     last_step, ends, is_live = 0, timeline.ends, timeline.state(now).is_live
     for attempt, successor in timeline.attempt_pairs:
         builder.fill_unowned(attempt.claimed_at)
         limit, end = successor.claimed_at if successor else inf, ends[attempt.id]
         _fill_owned(builder, attempt, end, limit, last_step, now if is_live else None)
+        builder.starting = TimeCategory.RESTART
         last_step = max(last_step, attempt.last_step_by(limit))
         (builder.finished.discard if end.has_successor else builder.finished.add)(attempt.launch)
     builder.fill_unowned(inf)
@@ -163,7 +177,7 @@ def _active_intervals(timeline: Timeline, now: float) -> Iterator[_LaunchInterva
     for launch in timeline.launches.values():
         if launch.began_at is not None and launch.alive:
             end = inf if launch.is_live(now) else float(launch.alive["t"])
-            yield _LaunchInterval(launch.began_at, end, launch.id, no_room=False)
+            yield _LaunchInterval(launch.began_at, end, launch.id, TimeCategory.RESTART)
 
 
 def _no_room_intervals(timeline: Timeline) -> Iterator[_LaunchInterval]:
@@ -177,7 +191,18 @@ def _no_room_intervals(timeline: Timeline) -> Iterator[_LaunchInterval]:
         for since in launch.no_room:
             index = bisect_right(latest_claims, since)
             end = own[index].startup_timings.get("actor", own[index].claimed_at) if index < len(own) else inf
-            yield _LaunchInterval(since, max(since, end), launch.id, no_room=True)
+            yield _LaunchInterval(since, max(since, end), launch.id, TimeCategory.WAIT)
+
+
+def _idle_intervals(timeline: Timeline) -> Iterator[_LaunchInterval]:
+    """Yield the time between each launch that ended in order and the next one, unless another one had begun before."""
+    began = sorted(at for launch in timeline.launches.values() if (at := launch.began_at) is not None)
+    for launch in timeline.launches.values():
+        if launch.began_at is not None and launch.has_ended and launch.alive.get("exit_code") in ORDERLY_EXITS:
+            ended, index = float(launch.alive["t"]), bisect_right(began, launch.began_at)
+            following = began[index] if index < len(began) else inf
+            if following > ended:
+                yield _LaunchInterval(ended, following, launch.id, TimeCategory.IDLE)
 
 
 def _fill_owned(
@@ -188,7 +213,7 @@ def _fill_owned(
     Earlier attempts completed the steps up to `reached`. `now` is None unless the run is running.
     """
     steps = attempt.steps
-    starting = TimeCategory.RESTORE if isinstance(attempt.start, ResumeEvent) else TimeCategory.RESTART
+    starting = TimeCategory.RESTORE if isinstance(attempt.start, ResumeEvent) else builder.starting
     redo_end = _redo_end(attempt, reached)
 
     def fill(until: float) -> None:

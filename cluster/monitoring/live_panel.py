@@ -19,6 +19,7 @@ from outlast.cluster.safe_console import safe_text
 
 MAX_WIDTH = 100
 _LABEL_WIDTH = 9
+_NUM_SCORES, _NUM_PLAIN_SCORES = 6, 2
 #: The bar shows every category; the words leave out those with a smaller share.
 _MIN_SHARE = 0.005
 _SPARKS = "▁▂▃▄▅▆▇█"
@@ -27,10 +28,12 @@ _COLOURS = {
     TimeCategory.EVALUATE: "cyan",
     TimeCategory.SAVE: "blue",
     TimeCategory.DETECT: "red",
+    TimeCategory.STARTUP: "bright_yellow",
     TimeCategory.RESTART: "yellow",
     TimeCategory.RESTORE: "magenta",
     TimeCategory.REDO: "bright_red",
-    TimeCategory.WAIT: "bright_black",
+    TimeCategory.WAIT: "bright_magenta",
+    TimeCategory.IDLE: "bright_black",
 }
 _STATES = {State.DONE: "bold green", State.FAILED: "bold red", State.LOST: "bold red", State.STOPPED: "bold yellow"}
 
@@ -39,6 +42,7 @@ def panel(summary: RunSnapshot, width: int, *, num_interruptions: int = 3) -> li
     """Render a run in lines of at most `width` columns, with the newest interruptions."""
     width = min(width, MAX_WIDTH)
     lines = [_head(summary, width), *_progress(summary, width), *_loss(summary, width)]
+    lines += _labelled("scores", [safe_text(text) for text in _other_scores(summary)[:_NUM_SCORES]], width)
     lines += _labelled("speed", list(map(Text, _speed(summary))), width)
     lines += _labelled("saved", _saved(summary), width)
     if summary.unsaved:
@@ -47,7 +51,8 @@ def panel(summary: RunSnapshot, width: int, *, num_interruptions: int = 3) -> li
     if summary.interruptions:
         lost, count = summary.num_lost_steps, len(summary.interruptions)
         text = f"{lost:,} step{'' if lost == 1 else 's'}, in {counted(count, 'interruption')}"
-        if summary.interruptions[-1].resumed_from is None:  # the next start determines what it loses
+        is_saved = summary.newest is not None and summary.newest.step >= summary.step
+        if summary.interruptions[-1].resumed_from is None and not is_saved:  # the next start determines what it loses
             text = f"{counted(count, 'interruption')}, the last one not resumed yet"
             text += f"; {lost:,} steps lost by the others" if lost else ""
         lines += _labelled("lost", [Text(text)], width)
@@ -64,7 +69,7 @@ def plain_line(summary: RunSnapshot) -> str:
     parts = [f"step {summary.step}/{summary.num_steps or '?'}"]
     if summary.loss is not None:
         parts.append(f"loss {summary.loss:.3f}")
-    parts += [*_score_and_lr(summary), *_rate(summary)]
+    parts += [*_score_and_lr(summary), *_other_scores(summary)[:_NUM_PLAIN_SCORES], *_rate(summary)]
     if summary.left_s:
         parts.append(f"{duration(summary.left_s)} left")
     if summary.unsaved:
@@ -118,6 +123,12 @@ def _loss(summary: RunSnapshot, width: int) -> list[Text]:
     if len(summary.losses) > 1:
         line.append("  " + sparkline(summary.losses, room), "green")
     return [_cut(line.append("".join(f"  {part}" for part in parts)), width)]
+
+
+def _other_scores(summary: RunSnapshot) -> list[str]:
+    """Return the scores of the newest evaluation, such as the accuracy, without its loss."""
+    names = [name for name in summary.scores if name != "eval_loss"]
+    return [f"{name.removeprefix('eval_').replace('_', ' ')} {summary.scores[name]:.4g}" for name in names]
 
 
 def _score_and_lr(summary: RunSnapshot) -> list[str]:

@@ -68,12 +68,17 @@ class _CardBuilder:
         self._ends_before = Counter(end.cause for item, end in timeline.ends.items() if item < attempt)
 
     @property
+    def _base_path(self) -> str:
+        """`model.path` of the run: a hub id or a directory; empty for a model from scratch."""
+        whole = section(self._record, "settings")
+        return str(section(whole or self._settings, "model").get("path") or "")
+
+    @property
     def _base_model(self) -> str | None:
         """The Hub's id of the model that the run began with; None for one from scratch, or from a directory."""
-        whole = section(self._record, "settings")
-        path = str(section(whole or self._settings, "model").get("path") or "")
+        path = self._base_path
         is_id = bool(_HUB_ID.fullmatch(path)) and not path.startswith(".")
-        return path if is_id and (whole or "/" in path) else None
+        return path if is_id and (section(self._record, "settings") or "/" in path) else None
 
     def front_matter(self) -> ModelCardData:
         pipeline = PIPELINES.get(self._task)
@@ -81,11 +86,11 @@ class _CardBuilder:
             EvalResult(
                 task_type=pipeline or "other",
                 dataset_type="outlast",
-                dataset_name=self._data_names or self._found.store.run,
+                dataset_name=self._eval_names or self._found.store.run,
                 dataset_revision=str(self._declaration.get("data") or "") or None,
                 metric_type=name.removeprefix("eval_"),
                 metric_name=name,
-                metric_value=value,
+                metric_value=_rounded(value),
             )
             for name, value in self._metrics.items()
         ]
@@ -98,22 +103,34 @@ class _CardBuilder:
             eval_results=results or None,
         )
 
+    def _names(self, key: str) -> str:
+        """The names of the files of a setting under `data`; their paths are not published."""
+        given = section(self._settings, "data").get(key)
+        places = given if isinstance(given, list) else [given]
+        return ", ".join(PurePosixPath(place).name for place in places if isinstance(place, str))
+
     @property
     def _data_names(self) -> str:
-        """The files' names; their paths are not published."""
-        train = section(self._settings, "data").get("train")
-        places = train if isinstance(train, list) else [train]
-        return ", ".join(PurePosixPath(place).name for place in places if isinstance(place, str))
+        return self._names("train")
+
+    @property
+    def _eval_names(self) -> str:
+        """The names of the files with the scored rows; of held-out rows, which share of the training files."""
+        names = self._names("eval")
+        return f"{self._data_names} ({names} held out)" if names.endswith("%") and self._data_names else names
 
     def body(self) -> Iterator[str]:
         found = self._found
         base = f"[{self._base_model}](https://hf.co/{self._base_model})" if self._base_model else None
+        if base is None and (name := PurePosixPath(self._base_path).name):
+            base = f"{_code(name)}, a directory of the machine that trained it,"
         kind = self._task if self._task in TASKS else "a task of its own"
         origin = f"fine-tuned from {base}" if base else "trained"
         yield f"# {found.store.run}\n\nA model {origin} for {kind}, after step {found.manifest.ref.step:,} of its run. "
         yield "Intended use and limitations: to be completed.\n"
         if self._metrics:
-            yield "\n## Metrics\n\nOn rows that were held out of training.\n\n| | |\n|---|---|\n"
+            rows = _code(self._eval_names) if self._eval_names else "rows that were held out of training"
+            yield f"\n## Metrics\n\nOn {rows}.\n\n| | |\n|---|---|\n"
             yield from (f"| {_inline(name)} | {value:.4f} |\n" for name, value in self._metrics.items())
         yield "\n## Data\n\n"
         yield _code(self._data_names) if self._data_names else "Not recorded."
@@ -139,6 +156,11 @@ class _CardBuilder:
             fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
             yield "\n## Settings\n\nAll that affect the numerical result, beside the data:\n\n"
             yield f"{fence}yaml\n{text}{fence}\n"
+
+
+def _rounded(value: Any) -> Any:
+    """Round a score to six significant digits."""
+    return float(f"{value:.6g}") if isinstance(value, float) else value
 
 
 def _inline(text: str) -> str:

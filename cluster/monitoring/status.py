@@ -73,7 +73,7 @@ class RunSnapshot:
     seconds_per_step: float | None
     left_s: float | None  #: seconds until the last step at that speed
     newest: NewestCheckpoint | None
-    save: SaveRecord | None  #: the newest save whose duration is known
+    save: SaveRecord | None  #: the newest background save whose duration is known, else the newest save
     unsaved: UnsavedEvent | None  #: the newest save if it failed, and training goes on
     interruptions: tuple[Interruption, ...]  #: oldest first
     num_lost_steps: int  #: completed steps that were lost
@@ -99,7 +99,9 @@ def take_snapshot(timeline: Timeline, now: float, activity: str = "") -> RunSnap
     tokens = sum(steps.tokens[-SPEED_WINDOW:]) / min(SPEED_WINDOW, len(steps)) if steps else None
     evaluations = (record for item in reversed(attempts) for record in reversed(item.evaluations))
     losses = (value for item in reversed(attempts) for value in reversed(item.steps.loss))
-    saves = (save for item in reversed(attempts) for save in reversed(item.saves.values()))
+    saves = [
+        save for item in reversed(attempts) for save in reversed(item.saves.values()) if save.blocked_s is not None
+    ]
     return RunSnapshot(
         run=timeline.run,
         now=now,
@@ -120,7 +122,7 @@ def take_snapshot(timeline: Timeline, now: float, activity: str = "") -> RunSnap
         seconds_per_step=seconds,
         left_s=(num_steps - step) * seconds if num_steps and seconds and state.is_live and not is_restarting else None,
         newest=newest_checkpoint(timeline),
-        save=next((save for save in saves if save.blocked_s is not None), None),
+        save=next((save for save in saves if save.is_background), saves[0] if saves else None),
         unsaved=current.unsaved if current and state.is_live else None,
         interruptions=tuple(interruptions(timeline)),
         num_lost_steps=timeline.num_lost_steps,

@@ -78,7 +78,11 @@ class LiveDisplay:
                 self._file.close()
 
     def print(self, *things: Any, **options: Any) -> None:
-        """Print above the lines, with the console's options."""
+        """Print above the lines, with the console's options; after the end, below what was kept of them."""
+        if self._closing.is_set() and self._console.file is self._stream:
+            with suppress(*_GONE):
+                self._console.print(*things, **options)
+            return
         with self._lock, suppress(*_GONE):
             with self._console.capture() as captured:
                 self._console.print(*things, **options)

@@ -97,6 +97,11 @@ class SaveRecord:
     blocked_s: float | None = None  #: those of them that training waited
     fenced_s: float = 0.0  #: those of the wait that are within the next step
 
+    @property
+    def is_background(self) -> bool:
+        """Whether training went on during a part of it. The save that ends an attempt is never one."""
+        return self.blocked_s is not None and self.commit_s is not None and self.blocked_s < self.commit_s
+
 
 @dataclass(slots=True)
 class AttemptTimeline:

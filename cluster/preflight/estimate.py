@@ -5,12 +5,17 @@ the storage and of this machine's memory. An assumption must be named as one.
 """
 
 import secrets
+import shutil
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 from outlast.checkpointing.run_store.catalog import build_catalog
 from outlast.checkpointing.save.save_schedule import FIRST_AUTO_S, SaveCosts
+from outlast.checkpointing.storage.base import Storage
+from outlast.checkpointing.storage.local import LocalStorage
 from outlast.cluster.config.run_config import RunConfig
 from outlast.cluster.formatting import size as format_size
 from outlast.cluster.preflight.doctor_probe import Probe
@@ -69,9 +74,27 @@ class RunEstimate:
     parallel: str
     every: str
     kept: int
+    free_bytes: int | None  #: free space of the storage; None if it is no local directory
+    held_bytes: int  #: size of the checkpoints that the run has already
     walk: DataPlan
     size: StateSize
     saving: SaveEstimate
+
+    @property
+    def needed_bytes(self) -> int:
+        """What the storage holds at most: the kept checkpoints, the one that is being written, and the model."""
+        return (self.kept + 1) * self.size.checkpoint_bytes + 4 * self.size.num_parameters
+
+    @property
+    def shortage(self) -> str | None:
+        """Why the storage is too small; None if it is not, or its free space is unknown."""
+        if self.free_bytes is None or self.needed_bytes <= self.free_bytes + self.held_bytes:
+            return None
+        return (
+            f"the storage has {format_size(self.free_bytes)} free, and the kept checkpoints, the one being written and "
+            f"the model need {format_size(self.needed_bytes)}: free some, set checkpoint.storage to another disk, or "
+            "lower checkpoint.keep_last"
+        )
 
     def as_json(self) -> dict[str, Any]:
         body = asdict(self)
@@ -115,10 +138,22 @@ def estimate_run(config: RunConfig) -> RunEstimate:
         parallel=config.scale.parallel.value,
         every=str(config.checkpoint.every),
         kept=retention.keep_last + retention.keep_best,
+        free_bytes=_free_bytes(storage),
+        held_bytes=sum(manifest.num_bytes for manifest in build_catalog(config.store).accepted),
         walk=walk,
         size=size,
         saving=_estimate_saves(config, size),
     )
+
+
+def _free_bytes(storage: Storage) -> int | None:
+    """Return the free space for this user; None for an object store, or where it cannot be read."""
+    if not isinstance(storage, LocalStorage):
+        return None
+    path = Path(storage.url)
+    with suppress(OSError):
+        return shutil.disk_usage(next(folder for folder in (path, *path.parents) if folder.exists())).free
+    return None
 
 
 def _estimate_saves(config: RunConfig, size: StateSize) -> SaveEstimate:
@@ -153,6 +188,7 @@ def describe(estimate: RunEstimate) -> Iterator[str]:
     """Yield the estimates as lines of text."""
     walk, size, saving = estimate.walk, estimate.size, estimate.saving
     memory = size.memory
+    free = f"; the storage has {format_size(estimate.free_bytes)} free" if estimate.free_bytes is not None else ""
     of_rows = f" (from {100 * walk.eval_share:g} % of the rows)" if walk.eval_share and walk.num_eval_samples else ""
     yield (
         f"{estimate.run}: {walk.num_steps:,} steps, {walk.epochs:.2f} epochs of {walk.num_samples:,} samples; "
@@ -169,7 +205,7 @@ def describe(estimate: RunEstimate) -> Iterator[str]:
     )
     yield (
         f"a checkpoint: {format_size(size.checkpoint_bytes)} in {len(size.files) + _OTHER_FILES - 1} files; "
-        f"up to {estimate.kept} are kept: {format_size(estimate.kept * size.checkpoint_bytes)}"
+        f"up to {estimate.kept} are kept: {format_size(estimate.kept * size.checkpoint_bytes)}{free}"
     )
     yield (
         f"storage: writes {format_size(saving.write_speed)}/s, reads {format_size(saving.read_speed)}/s, a small file "
@@ -178,6 +214,6 @@ def describe(estimate: RunEstimate) -> Iterator[str]:
     yield f"a save: {saving.commit_s:.2f} s until its commit; training waits up to {saving.blocked_s:.2f} s of it"
     yield (
         f"every: auto would save after {saving.first_s:.0f} s, then every {saving.auto_s:.0f} s (from these costs, "
-        f"assuming a restart of {saving.restart_s:.0f} s and an interruption every "
-        f"{saving.between_failures_s / 3600:.1f} h); this run has every: {estimate.every}"
+        f"assuming an interruption every {saving.between_failures_s / 3600:.1f} h; the restart time is not measured "
+        f"yet); this run has every: {estimate.every}"
     )

@@ -39,10 +39,13 @@ from outlast.trainers.config.task_table import is_dotted
 from outlast.trainers.config.validation_errors import Path as KeyPath
 from outlast.trainers.config.validation_errors import SettingsFinding
 from outlast.trainers.data.batch_plan import make_plan
+from outlast.trainers.data.chat_template import missing_template_error
 from outlast.trainers.data.columns import ColumnMapping, choose_columns
 from outlast.trainers.data.readers import first_row, read_rows
 from outlast.trainers.data.sources import missing_column_error
+from outlast.trainers.data.tokenizer import has_chat_template
 from outlast.trainers.preparation.data_summary import describe_summary, summarize_data
+from outlast.trainers.preparation.held_out import check_held_out
 from outlast.trainers.preparation.prepare import LARGE_BYTES, Prepared, data_fingerprint, prepare, stored_bytes
 from outlast.trainers.tasks.base import find_task
 from outlast.trainers.tracking.follow import check_trackers
@@ -192,6 +195,22 @@ def _eval_columns(config: RunConfig) -> None:
     _check_first_row(config, "data.eval", source)
 
 
+def _held_out(config: RunConfig) -> None:
+    check_held_out(config, find_task(config.model.task), _chosen(config))
+
+
+def _chat_template(config: RunConfig) -> None:
+    """Raise ConfigError if a conversation has no chat template, as far as a local directory or none shows it."""
+    tokenizer, path = config.model.tokenizer, config.model.path or ""
+    if config.model.task != "chat" or config.data.chat_template is not None:
+        return
+    if tokenizer is not None and tokenizer.path:
+        path = tokenizer.path
+    is_trained = tokenizer is not None and tokenizer.train_bpe is not None
+    if is_trained or (Path(path).is_dir() and not has_chat_template(path)):
+        raise missing_template_error()
+
+
 def _metric(config: RunConfig) -> None:
     """Check the metric without the rows; sequence-classification may find its problem type only there."""
     if is_dotted(config.model.task):
@@ -207,7 +226,8 @@ def _metric(config: RunConfig) -> None:
         raise errors[0]
 
 
-def _storage(config: RunConfig) -> None:
+def check_storage(config: RunConfig) -> None:
+    """Raise ConfigError if the storage is a directory that is certainly not writable; it writes nothing."""
     storage = open_storage(config.checkpoint.storage)
     storage.list(config.name)
     if isinstance(storage, LocalStorage):
@@ -224,7 +244,7 @@ def compare_existing_run(config: RunConfig, fingerprint: str | None = None) -> l
 
     Without the data's fingerprint, files of less than `_QUICK_BYTES` are read to compare them.
     """
-    _storage(config)
+    check_storage(config)
     base = build_catalog(config.store).declaration
     with contextlib.suppress(ConfigError):  # data that cannot be read is reported by itself
         if base and not fingerprint and stored_bytes(config.data) < _QUICK_BYTES:
@@ -276,12 +296,14 @@ _ALL = frozenset(RunConfig.model_fields)
 _CHEAP = (
     Check("data.train", _columns, frozenset({"model", "data"})),
     Check("data.eval", _eval_columns, frozenset({"model", "data"})),
+    Check("data.eval", _held_out, frozenset({"model", "data"})),
+    Check("data.chat_template", _chat_template, frozenset({"model", "data"})),
     Check("model", check_code, frozenset({"model"})),
     Check("model.path", check_architecture, frozenset({"model"})),
     Check("train.batch", lambda config: make_plan(config, 1, config.scale.max_workers), frozenset({"train", "scale"})),
     Check("checkpoint.metric", _metric, frozenset({"model", "data", "train", "checkpoint"})),
     Check("track.to", lambda config: check_trackers(config.track), frozenset({"track"})),
-    Check("checkpoint.storage", _storage, frozenset({"checkpoint"})),
+    Check("checkpoint.storage", check_storage, frozenset({"checkpoint"})),
     Check("name", compare_existing_run, _ALL),
 )
 

@@ -72,6 +72,36 @@ def findings(error: ValidationError, model: type[BaseModel]) -> Iterator[Setting
 
 
 _UNKNOWN = "unknown key"
+#: Settings by the names that `transformers.TrainingArguments` and other trainers have for them.
+_OTHER_NAMES: Mapping[str, Path] = {
+    "adam_epsilon": ("train", "eps"),
+    "batch_size": ("train", "batch"),
+    "eval_steps": ("train", "eval_every"),
+    "learning_rate": ("train", "lr"),
+    "load_best_model_at_end": ("checkpoint", "load_best"),
+    "logging_steps": ("train", "log_every"),
+    "lr_scheduler_type": ("train", "schedule"),
+    "max_grad_norm": ("train", "clip"),
+    "max_seq_length": ("data", "max_length"),
+    "max_steps": ("train", "steps"),
+    "metric_for_best_model": ("checkpoint", "metric"),
+    "model_name_or_path": ("model", "path"),
+    "num_epochs": ("train", "epochs"),
+    "num_train_epochs": ("train", "epochs"),
+    "num_workers": ("scale", "workers"),
+    "optim": ("train", "optimizer"),
+    "output_dir": ("checkpoint", "storage"),
+    "per_device_train_batch_size": ("train", "micro_batch"),
+    "run_name": ("name",),
+    "save_steps": ("checkpoint", "every"),
+    "save_total_limit": ("checkpoint", "keep_last"),
+    "sequence_len": ("data", "max_length"),
+    "train_batch_size": ("train", "batch"),
+    "train_file": ("data", "train"),
+    "validation_file": ("data", "eval"),
+    "warmup_ratio": ("train", "warmup"),
+    "warmup_steps": ("train", "warmup"),
+}
 
 
 def _finding(detail: Any, settings: Mapping[Path, Any]) -> SettingsFinding:
@@ -126,6 +156,10 @@ def _literals(expected: str) -> list[str]:
 def _unknown(settings: Mapping[Path, Any], path: Path) -> SettingsFinding:
     """Make the finding of an unknown key: it suggests the nearest key of its block, or the block with such a key."""
     *block, name = path
+    meant = _OTHER_NAMES.get(str(name).lower())
+    if meant is not None and meant in settings:
+        words = meant[-1] if meant[:-1] == (*block,) else ".".join(map(str, meant))
+        return SettingsFinding(path, _UNKNOWN, f"did you mean {words!r}?", meant)
     known = sorted(str(other[-1]) for other in settings if other and other[:-1] == (*block,))
     if near := nearest(str(name), known):
         return SettingsFinding(path, _UNKNOWN, f"did you mean {near!r}?", (*block, near))

@@ -34,10 +34,16 @@ def chat_template(tokenizer: Any, tools: Tools = None) -> str:
     try:
         return str(tokenizer.get_chat_template(tools=tools))
     except ValueError as error:
-        raise ConfigError(
-            "the tokenizer has no chat template, which conversations need",
-            hint="set data.chat_template, or use a chat model's tokenizer",
-        ) from error
+        raise missing_template_error() from error
+
+
+def missing_template_error() -> ConfigError:
+    """Make the error of a tokenizer without a chat template."""
+    return ConfigError(
+        "the tokenizer has no chat template, which conversations need",
+        hint="set data.chat_template, or use a chat model's tokenizer; with model.task: causal-lm prompts with answers "
+        "need none",
+    )
 
 
 class ChatTemplate:

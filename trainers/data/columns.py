@@ -17,6 +17,8 @@ from outlast.trainers.data.sources import find_data_files, missing_column_error
 from outlast.trainers.data.written_lists import parse_list
 
 _NUM_SHOWN = 8
+#: Usual names of columns with the answer to a prompt.
+_ANSWERS = frozenset({"answer", "assistant", "chosen", "completion", "output", "reply", "response"})
 
 
 class ColumnType(Enum):
@@ -221,6 +223,7 @@ def choose_columns(columns: Sequence[Column], settings: DataSettings, forms: Seq
         shown = ", ".join(name_of(settings, column.role) for column in required)
         notes.append(f"rows are read in the form of {form.name}: columns {shown}")
     found = _find_names(columns, settings, available, notes, () if form else forms)
+    notes += [] if form else _unlearned_answers(columns, found, available, forms)
     csv_files = [item for item in find_data_files(settings.train, settings.csv) if item.kind in (".csv", ".tsv")]
     notes += [note for item in csv_files[:1] if (note := csv_note(item))]
     used = tuple(column for column in columns if column in found)
@@ -285,6 +288,22 @@ def _find_names(
     return found
 
 
+def _takes_answers(forms: Sequence[RowForm]) -> bool:
+    return any(column.role == "completion" for form in forms for column in form.columns)
+
+
+def _unlearned_answers(
+    columns: Sequence[Column], found: Mapping[Column, str], available: Mapping[str, Any], forms: Sequence[RowForm]
+) -> Iterator[str]:
+    """Yield a note if one column of a table of prompts and answers is learned as the text, and the answers are not."""
+    text = next((found[column] for column in columns if column.role == "text" and column in found), "text")
+    others = [name for name, value in available.items() if name != text and isinstance(value, str)]
+    answer = next((name for name in others if name.casefold() in _ANSWERS), None)
+    if _takes_answers(forms) and text != "text" and answer is not None:
+        pair = _options({"prompt": text, "completion": answer})
+        yield f"column {answer!r} is not read: only {text!r} is learned; for prompts with answers: {pair}, no data.text"
+
+
 def _named_keys(names: Sequence[str], available: Mapping[str, Any]) -> dict[str, Any]:
     """Return those of the names that are keys of objects in a column, such as `translation.en`, with their values."""
     found = dict[str, Any]()
@@ -317,8 +336,12 @@ def _advice(
     keys = " and ".join(f"data.{role}" for role in missing)
     parts.append(f"set {keys}, for example {_options(missing)}")
     texts = [name for name, value in available.items() if isinstance(value, str)]
-    if len(texts) > 1 and any(column.role == "completion" for form in forms for column in form.columns):
-        parts.append(f"or, for prompts with answers, {_options({'prompt': texts[0], 'completion': texts[-1]})}")
+    if len(texts) > 1 and _takes_answers(forms):
+        answer = next((name for name in texts[1:] if name.casefold() in _ANSWERS), texts[-1])
+        pair = f"for prompts with answers: {_options({'prompt': texts[0], 'completion': answer})}"
+        if {"instruction", "input", "output"} <= available.keys():
+            pair += " (without the input; model.task: chat reads all three)"
+        parts = [pair, f"for texts: {_options(missing)}"] if answer.casefold() in _ANSWERS else [*parts, f"or, {pair}"]
     [first] = find_data_files(settings.train, settings.csv)[:1]
     return "; ".join([*parts, *(csv_advice(first) if first.kind in (".csv", ".tsv") else ())])
 

@@ -8,7 +8,7 @@ names its files.
 import io
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from functools import cache, partial
@@ -19,7 +19,7 @@ from urllib.parse import urlsplit
 import pyarrow as pa
 import xxhash
 
-from outlast.checkpointing.error_hints import first_line
+from outlast.checkpointing.error_hints import first_line, nearest
 from outlast.checkpointing.errors import ConfigError, StorageError
 from outlast.checkpointing.format.manifest import BLOCK_BYTES
 from outlast.checkpointing.storage.base import Entry, Storage, read_bytes
@@ -145,9 +145,10 @@ def _expand(location: str, storage: Storage, list_dir: ListDir, path: str) -> li
         hint = "check the directories and the end of the name; `**` stands for directories within directories"
         raise ConfigError(f"no data file matches the pattern {location}", hint=hint)
     if not matches:
-        raise ConfigError(
-            f"data file {location} does not exist", hint="set data.train (and data.eval) to existing files"
-        )
+        hint = "set data.train (and data.eval) to existing files"
+        if near := _nearest_file(location, path, list_dir):
+            hint = f"did you mean {near}? Or {hint}"
+        raise ConfigError(f"data file {location} does not exist", hint=hint)
     sources: list[DataFile] = []
     for match, num_bytes in sorted(matches.items()):
         is_directory = num_bytes is None
@@ -166,6 +167,15 @@ def _expand(location: str, storage: Storage, list_dir: ListDir, path: str) -> li
     if not non_empty:
         raise ConfigError(f"data file {location} is empty", hint="set data.train (and data.eval) to files with rows")
     return non_empty
+
+
+def _nearest_file(location: str, path: str, list_dir: ListDir) -> str | None:
+    """Return the location of the entry with the most similar name, in the directory of a missing file; None if none."""
+    folder, _, name = path.rpartition("/")
+    with suppress(StorageError):  # the directory does not exist
+        if near := nearest(name, [entry.name for entry in list_dir(folder) if not entry.name.startswith(".")]):
+            return f"{location.rstrip('/').removesuffix(name)}{near}"
+    return None
 
 
 def _not_a_file(storage: Storage, path: str, entry: Entry) -> ConfigError:

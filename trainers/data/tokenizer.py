@@ -66,6 +66,18 @@ def tokenizer_source(path: str) -> str:
     return base_of(path) if is_adapter_directory(path) and not has_own else path
 
 
+def has_chat_template(path: str) -> bool:
+    """Return whether a directory's tokenizer has a chat template, by its files alone; True if they cannot be read."""
+    folder = Path(tokenizer_source(path))
+    names = ("chat_template.jinja", "chat_template.json", "additional_chat_templates")
+    if any((folder / name).exists() for name in names):
+        return True
+    try:
+        return bool(json.loads(read_small_file(folder / "tokenizer_config.json")).get("chat_template"))
+    except (OSError, ValueError, AttributeError, ConfigError):
+        return True  # loading the tokenizer reports it
+
+
 def _load_tokenizer(path: str) -> Tokenizer:
     if path.startswith(("/", ".", "~")) and not Path(path).is_dir():
         raise ConfigError(f"model directory {path} does not exist", hint="set model.path to a directory or a hub id")

@@ -6,7 +6,7 @@ smallest and the largest value remain, so that no spike is lost.
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import pairwise
-from math import isfinite, nan
+from math import inf, isfinite, nan
 from typing import Any, TypeVar
 
 import numpy as np
@@ -27,6 +27,7 @@ from outlast.cluster.monitoring.timeline_records import AttemptTimeline, Notewor
 
 MAX_POINTS = 2000
 MAX_EVALUATIONS = 600
+MAX_SCORES = 6
 MAX_SPANS = 1200
 MAX_ROWS = 500
 MAX_FILES = 200
@@ -80,6 +81,7 @@ def page_data(
         "begin": begin,
         "by_step": _by_step(attempts),
         "by_time": _by_time(timeline, begin),
+        "scores_by_step": _score_series(attempts),
         "speed": _speed(timeline, begin),
         "workers": _workers(timeline, begin, summary.now),
         "markers": list(_markers(timeline, begin)),
@@ -118,6 +120,21 @@ def _eval_losses(attempts: Iterable[AttemptTimeline]) -> Iterator[tuple[events.E
     for record in (record for item in attempts for record in item.evaluations):
         if isfinite(loss := record.scores.get("eval_loss", nan)):
             yield record, loss
+
+
+def _score_series(attempts: Sequence[AttemptTimeline]) -> list[dict[str, Any]]:
+    """Return each score of the evaluations but the loss by step, each from the newest attempt that measured it."""
+    scores: dict[str, dict[int, float]] = {}
+    for record in (record for item in attempts for record in item.evaluations):
+        for name, value in record.scores.items():
+            if name != "eval_loss" and isfinite(value):
+                scores.setdefault(name, {})[record.step] = value
+    series = []
+    for name, values in list(scores.items())[:MAX_SCORES]:
+        steps = _thinned(sorted(values), values.__getitem__)
+        label = name.removeprefix("eval_").replace("_", " ")
+        series.append({"name": label, "x": steps, "y": rounded(values[step] for step in steps)})
+    return series
 
 
 def _by_step(attempts: Sequence[AttemptTimeline]) -> dict[str, Any]:
@@ -210,13 +227,14 @@ def _ended_at(attempt: AttemptTimeline, end: AttemptEnd) -> float | None:
 def _markers(timeline: Timeline, begin: float) -> Iterator[dict[str, Any]]:
     """Yield the moments at which attempts ended or resumed."""
     by_name, ends = {str(item.id): item for item in timeline.claimed_attempts}, timeline.ends
+    last_steps = {item.id: _last_step(item, after) for item, after in timeline.attempt_pairs}
     for item in interruptions(timeline):
         attempt = by_name.get(item.attempt)
         end = ends[attempt.id] if attempt else None
         yield {
             "kind": "end" if end is not None and end.is_planned else "failure",
             "t": round(item.at - begin, 2),
-            "step": attempt.last_step if attempt and attempt.start else None,
+            "step": last_steps[attempt.id] if attempt and attempt.start else None,
             "attempt": item.attempt,
             "cause": item.cause,
             "rank": item.rank,
@@ -226,6 +244,11 @@ def _markers(timeline: Timeline, begin: float) -> Iterator[dict[str, Any]]:
         if attempt.start is not None and attempt.resume_point is not None:
             at, cause = round(attempt.start.t - begin, 2), f"attempt {attempt.id.number} resumed"
             yield {"kind": "restore", "t": at, "step": attempt.start_step, "attempt": str(attempt.id), "cause": cause}
+
+
+def _last_step(attempt: AttemptTimeline, successor: AttemptTimeline | None) -> int:
+    """Return its last step as the lost steps are counted: with what only the coordinator received."""
+    return attempt.last_step_by(successor.claimed_at if successor else inf)
 
 
 def _spans(report: GoodputReport, begin: float) -> list[list[float]]:
@@ -255,7 +278,7 @@ def _coarse(report: GoodputReport) -> list[TimeSpan]:
 def _attempts(timeline: Timeline) -> dict[str, Any]:
     """Return the newest attempts and their noteworthy events."""
     attempts, ends = timeline.claimed_attempts, timeline.ends
-    rows = [_attempt_row(item, ends[item.id]) for item in attempts[-MAX_ROWS:]]
+    rows = [_attempt_row(item, ends[item.id], after) for item, after in timeline.attempt_pairs[-MAX_ROWS:]]
     notes = [
         _note(item, note)
         for item in attempts
@@ -265,9 +288,10 @@ def _attempts(timeline: Timeline) -> dict[str, Any]:
     return {"attempts": rows, "notes": notes[-MAX_ROWS:]}
 
 
-def _attempt_row(attempt: AttemptTimeline, end: AttemptEnd) -> dict[str, Any]:
+def _attempt_row(attempt: AttemptTimeline, end: AttemptEnd, successor: AttemptTimeline | None) -> dict[str, Any]:
     claim = attempt.claim
-    made = (attempt.steps.step[0], attempt.steps.step[-1]) if attempt.steps else None
+    last_step = _last_step(attempt, successor)
+    made = (attempt.start_step + 1, last_step) if last_step > attempt.start_step else None
     return {
         "number": attempt.id.number,
         "id": str(attempt.id),

@@ -10,7 +10,7 @@
     return node;
   };
   const colour = (name) => getComputedStyle(document.documentElement).getPropertyValue(`--${name}`).trim();
-  const CATEGORIES = ["train", "evaluate", "save", "detect", "restart", "restore", "redo", "wait"];
+  const CATEGORIES = ["train", "evaluate", "save", "detect", "startup", "restart", "restore", "redo", "wait", "idle"];
 
   // -- numbers ------------------------------------------------------------------------------------------------------
   const integer = (n) => n.toLocaleString("en");
@@ -72,7 +72,7 @@
     tile(integer(data.step), "step", of);
     const evaluated = data.scores.eval_loss;
     tile(data.loss === null ? "–" : digits(data.loss), "loss", evaluated === undefined ? "" : `evaluation ${evaluated === null ? "not finite" : digits(evaluated)}`);
-    tile(data.goodput === null ? "–" : share(data.goodput), "goodput", "share of wall time", true);
+    tile(data.goodput === null ? "–" : share(data.goodput), "goodput", "of the time not idle", true);
     const ends = data.markers.filter((marker) => marker.kind !== "restore").length;
     tile(integer(data.num_lost_steps), "steps lost", `in ${ends} interruption${ends === 1 ? "" : "s"}`);
     const rate = data.tokens_per_s ? [short(data.tokens_per_s), "tokens/s"] : data.samples_per_s ? [short(data.samples_per_s), "samples/s"] : ["–", ""];
@@ -249,6 +249,20 @@
     });
   };
 
+  const scoreCharts = () => {
+    $("scores").hidden = !data.scores_by_step.length;
+    for (const [index, { name, x, y }] of data.scores_by_step.entries()) {
+      const place = make("div", "chart low");
+      place.id = `score-${index}`;
+      $("scores").querySelector(".three").append(make("figure", "", make("figcaption", "", `${name}, by step`), place));
+      const range = (u, low, high) => [low - ((high - low) * 0.06 || 0.05), high + ((high - low) * 0.06 || 0.05)];
+      chart(place.id, {
+        rows: [x, y], series: () => [{ ...line(), points: { show: x.length <= 60 } }], byTime: false, value: (n) => digits(n), range,
+        words: (idx) => `step ${integer(x[idx])}\n${name} ${digits(y[idx], 5)}`,
+      });
+    }
+  };
+
   // -- where the time went ------------------------------------------------------------------------------------------
   const timeSpent = () => {
     const strip = $("strip"), total = data.wall_s || 1;
@@ -331,6 +345,7 @@
 
   head();
   lossCharts();
+  scoreCharts();
   timeSpent();
   otherCharts();
   attempts();

@@ -5,11 +5,16 @@ from __future__ import annotations
 import json
 import pickle
 import re
+import signal
+import subprocess
+import sys
 import threading
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
+from ray.core.generated.common_pb2 import ActorDiedErrorContext
 from ray.exceptions import ActorDiedError, ActorUnavailableError
 from ray.train.v2._internal.exceptions import UserExceptionWithTraceback, WorkerHealthCheckFailedError
 
@@ -30,11 +35,11 @@ from outlast.cluster.fault_tolerance.failure_cause import (
     Failure,
     RankError,
     classify,
-    was_killed_by_kernel,
+    explain_death,
 )
 from outlast.cluster.fault_tolerance.preemption_saves import PreemptionWatch
 from outlast.cluster.fault_tolerance.restart_policy import RestartLimits
-from outlast.trainers.host_info import num_oom_kills
+from outlast.trainers.host_info import death_evidence, num_oom_kills
 
 RESET = RuntimeError("[pair.cc:537] Read error [127.0.0.1]:37608: Connection reset by peer. gloo")
 BUG = ValueError("the user's own\nlabels are wrong")
@@ -112,7 +117,56 @@ def test_a_hundred_tracebacks_are_one_message() -> None:
 def test_the_kernels_count_of_processes_killed_for_memory() -> None:
     count = num_oom_kills()
     assert count is None or count >= 0
-    assert not was_killed_by_kernel({"node": "here", "oom_kills": None})
+
+
+WORKER = {"rank": 1, "pid": 4711, "host": "gpu-3", "node": "7f", "oom_kills": 2}
+
+
+@pytest.mark.parametrize(
+    ("worker", "evidence", "words", "cause"),
+    [
+        (
+            WORKER,
+            (2, ""),
+            ["SIGKILL", "no crash report", "the kernel killed nothing there for lack of memory"],
+            Cause.WORKER_DIED,
+        ),
+        (WORKER, (3, ""), ["the kernel killed", "low on memory"], Cause.OUT_OF_HOST_MEMORY),
+        (WORKER, (2, "Segmentation fault"), ["crashed in native code: Segmentation fault"], Cause.WORKER_DIED),
+        (WORKER, (None, None), ["killed by a signal, crashed in native code, or out of memory"], Cause.WORKER_DIED),
+        ({**WORKER, "oom_kills": None}, (2, ""), ["SIGKILL", "whether memory ran out is unknown"], Cause.WORKER_DIED),
+    ],
+    ids=["sigkill", "out-of-memory", "segmentation-fault", "no-answer", "no-count"],
+)
+def test_a_silent_death_names_the_process_and_what_its_host_shows(
+    worker: dict[str, Any], evidence: tuple[int | None, str | None], words: list[str], cause: Cause
+) -> None:
+    message = explain_death(worker, *evidence)
+    assert "worker process 4711 on gpu-3" in message
+    assert all(word in message for word in words)
+    found = classify({0: RESET, 1: ActorDiedError()}, [Death(1, message)], drained=False)
+    assert found is not None
+    assert (found.cause, found.message) == (cause, message)
+
+
+@pytest.mark.parametrize(
+    ("number", "crash"), [(signal.SIGKILL, ""), (signal.SIGSEGV, "Segmentation fault"), (signal.SIGABRT, "Aborted")]
+)
+def test_the_crash_that_a_process_leaves_in_its_log(number: signal.Signals, crash: str, tmp_path: Path) -> None:
+    log = tmp_path / "worker.err"
+    code = "import faulthandler, os, sys; faulthandler.enable(); os.kill(os.getpid(), int(sys.argv[1]))"
+    with log.open("wb") as file:
+        ended = subprocess.run([sys.executable, "-c", code, str(int(number))], stderr=file, check=False)
+    assert ended.returncode == -number
+    assert death_evidence(str(log)) == (num_oom_kills(), crash)
+    assert death_evidence(str(tmp_path / "none")) == (num_oom_kills(), None)
+
+
+def test_rays_error_of_a_dead_process_names_its_pid() -> None:
+    context = ActorDiedErrorContext(actor_id=bytes(16), pid=812, error_message=DIED.message)
+    found = classify({1: ActorDiedError(context)}, [], drained=False)
+    assert found is not None
+    assert found.message.startswith("worker process 812 left no error message")
 
 
 def test_rays_own_word_for_a_dead_actor() -> None:

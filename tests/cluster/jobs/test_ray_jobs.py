@@ -29,7 +29,7 @@ from outlast.checkpointing.run_store.catalog import read_catalog
 from outlast.checkpointing.storage.factory import open_storage
 from outlast.checkpointing.storage.local import LocalStorage
 from outlast.cluster.config.run_config import RunConfig
-from outlast.cluster.jobs.ray_jobs import check_reachable
+from outlast.cluster.jobs.ray_jobs import check_reachable, resume_command
 from outlast.trainers.attempt import Assignment
 from outlast.trainers.loop.train_loop import Outcome
 from tests.support.groups.worker_group import digests, run_group, tiny_config
@@ -176,12 +176,16 @@ def test_submit_attach_stop_resume(
     deadline = time.monotonic() + 120
     while not read_catalog(remote, "far").accepted and time.monotonic() < deadline:
         time.sleep(0.1)
-    outlast("stop", "far", *at, code=75)
+    stopped = outlast("stop", "far", *at, code=75).stderr
+    assert f"to resume: outlast resume {url}/far --address {at[-1]}" in stopped.replace("'", "")
     seen = json.loads(outlast("status", f"{url}/far", *at, "--json").stdout)
     assert seen["state"] == "stopped"
     assert [job["status"] for job in seen["jobs"]] == ["STOPPED"]
     assert seen["newest_checkpoint"]["step"] == seen["step"] > 0
-    assert "stop requested" in outlast("logs", "far", *at).stdout
+    log = outlast("logs", "far", *at).stdout
+    assert "stop requested" in log
+    assert "to resume: outlast resume " in log, "the client's command, not that of the run file in the job"
+    assert "outlast train run.yaml" not in log
 
     assert outlast("resume", f"{url}/far", *at).stdout.strip() == "far-2"
     again = outlast("submit", str(run_file), *at, "--follow")
@@ -207,3 +211,16 @@ def test_paths_that_other_machines_cannot_resolve(train: str | list[str], key: s
     check_reachable(RunConfig.model_validate(body))
     with pytest.raises(ConfigError, match=f"{key} is '.*', which each machine of the cluster resolves"):
         check_reachable(RunConfig.model_validate({**body, "data": {**body["data"], "train": train}}))
+
+
+@pytest.mark.parametrize(
+    ("storage", "expected"),
+    [
+        ("/shared/my runs", "outlast resume '/shared/my runs/far'"),
+        ("s3://bucket/runs/", "outlast resume s3://bucket/runs/far"),
+        ("${env:STORE}/runs", "outlast resume far"),  # the variable is the client's
+        (None, "outlast resume far"),
+    ],
+)
+def test_the_command_that_resumes_a_submitted_run_is_the_clients(storage: str | None, expected: str) -> None:
+    assert resume_command("far", {"checkpoint": {"storage": storage} if storage else None}) == expected

@@ -443,3 +443,18 @@ def test_from_stdin(tmp_path: Path) -> None:
     text = yaml.safe_dump_all(rendered(tmp_path, "claim"))
     done = CliRunner().invoke(app, ["k8s", "lint", "-"], input=io.StringIO(text).read())
     assert done.stdout == "ok       rayjob/my-run  no problems found\n"
+
+
+@pytest.mark.parametrize(
+    ("content", "words"), [("a: [1\nb: }", "not YAML"), ("hello", "not a Kubernetes object"), ("", "holds no objects")]
+)
+def test_a_file_without_objects_is_named(content: str, words: str, tmp_path: Path) -> None:
+    path = tmp_path / "job.yaml"
+    path.write_text(content)
+    result = CliRunner().invoke(app, ["k8s", "lint", str(path)])
+    assert isinstance(result.exception, ConfigError)
+    assert result.exception.message.startswith(f"{path}: ")
+    assert words in result.exception.message
+    result = CliRunner().invoke(app, ["k8s", "lint", "-"], input=content)
+    assert isinstance(result.exception, ConfigError)
+    assert result.exception.message.startswith("stdin: ")

@@ -54,12 +54,12 @@ UNDISTURBED = (
             (launch("a", 0, 5),),
             5 + LOST_AFTER_S / 2,
             5 + LOST_AFTER_S / 2,
-            {"restart": 5 + LOST_AFTER_S / 2},
+            {"startup": 5 + LOST_AFTER_S / 2},
             id="starting",
         ),
-        pytest.param((launch("a", 0, 5, 3),), LATER, 5, {"restart": 5}, id="refused-before-it-began"),
+        pytest.param((launch("a", 0, 5, 3),), LATER, 5, {"startup": 5}, id="refused-before-it-began"),
         pytest.param(
-            UNDISTURBED, LATER, 32, {"restart": 15, "train": 10, "save_stall": 5, "wait": 2}, id="undisturbed"
+            UNDISTURBED, LATER, 32, {"startup": 15, "train": 10, "save_stall": 5, "wait": 2}, id="undisturbed"
         ),
         pytest.param(
             (
@@ -79,14 +79,14 @@ UNDISTURBED = (
             ),
             LATER,
             40,
-            {"restart": 12, "evaluate": 8, "train": 10, "save_stall": 8, "wait": 2},
+            {"startup": 12, "evaluate": 8, "train": 10, "save_stall": 8, "wait": 2},
             id="evaluations-and-a-save",
         ),
         pytest.param(
             (launch("a", 0, 26, 0), attempt(1, 10, steps(1, 5, 10), saved(5, 17, 0.5), steps(6, 10, 16), done(26, 10))),
             LATER,
             26,
-            {"restart": 10, "train": 9.5, "save_stall": 6.5},
+            {"startup": 10, "train": 9.5, "save_stall": 6.5},
             id="a-copy-that-the-next-step-waits-for",
         ),
         pytest.param(
@@ -97,7 +97,16 @@ UNDISTURBED = (
             ),
             LATER,
             100,
-            {"restart": 25, "train": 20, "detect": 5, "restore": 10, "redo": 4, "save_stall": 6, "wait": 30},
+            {
+                "startup": 15,
+                "restart": 10,
+                "train": 20,
+                "detect": 5,
+                "restore": 10,
+                "redo": 4,
+                "save_stall": 6,
+                "wait": 30,
+            },
             id="a-worker-dies",
         ),
         pytest.param(
@@ -108,7 +117,7 @@ UNDISTURBED = (
             ),
             LATER,
             60,
-            {"restart": 25, "train": 16, "detect": 3, "restore": 10, "redo": 6},
+            {"startup": 15, "restart": 10, "train": 16, "detect": 3, "restore": 10, "redo": 6},
             id="rank-0-lost-its-journal",
         ),
         pytest.param(
@@ -120,7 +129,7 @@ UNDISTURBED = (
             ),
             LATER,
             160,
-            {"restart": 25, "train": 20, "restore": 10, "redo": 4, "wait": 101},
+            {"startup": 15, "restart": 10, "train": 20, "restore": 10, "redo": 4, "wait": 101},
             id="driver-and-workers-die",
         ),
         pytest.param(
@@ -132,7 +141,7 @@ UNDISTURBED = (
             ),
             LATER,
             130,
-            {"restart": 25, "train": 20, "save_stall": 5, "restore": 5, "wait": 75},
+            {"startup": 15, "restart": 10, "train": 20, "save_stall": 5, "restore": 5, "wait": 7, "idle": 68},
             id="stopped-and-started-again",
         ),
         pytest.param(
@@ -143,7 +152,7 @@ UNDISTURBED = (
             ),
             LATER,
             80,
-            {"restart": 27, "train": 20, "save_stall": 3, "restore": 5, "wait": 25},
+            {"startup": 15, "restart": 12, "train": 20, "save_stall": 3, "restore": 5, "wait": 25},
             id="resized-on-purpose",
         ),
         pytest.param(
@@ -161,7 +170,7 @@ UNDISTURBED = (
             ),
             LATER,
             90,
-            {"restart": 25, "train": 20, "detect": 5, "wait": 35, "restore": 5},
+            {"startup": 15, "restart": 10, "train": 20, "detect": 5, "wait": 35, "restore": 5},
             id="no-room-for-half-a-minute",
         ),
         pytest.param(
@@ -173,7 +182,7 @@ UNDISTURBED = (
             ),
             LATER,
             80,
-            {"restart": 15, "train": 40, "restore": 3, "redo": 20, "wait": 2},
+            {"startup": 15, "train": 40, "restore": 3, "redo": 20, "wait": 2},
             id="taken-over-while-still-running",
         ),
         pytest.param(
@@ -184,28 +193,28 @@ UNDISTURBED = (
             ),
             LATER,
             90,
-            {"restart": 60, "train": 10, "detect": 14, "restore": 6},
+            {"startup": 15, "restart": 45, "train": 10, "detect": 14, "restore": 6},
             id="given-up-before-a-new-step",
         ),
         pytest.param(
             (launch("a", 0, 50), attempt(1, 10, start(11), steps(1, 10, 15))),
             52,
             52,
-            {"restart": 15, "train": 37},
+            {"startup": 15, "train": 37},
             id="running",
         ),
         pytest.param(
             (launch("a", 0, 50, None, failure(1, 30)), attempt(1, 10, start(11), steps(1, 10, 15))),
             52,
             52,
-            {"restart": 37, "train": 10, "detect": 5},
+            {"startup": 15, "restart": 22, "train": 10, "detect": 5},
             id="about-to-restart",
         ),
         pytest.param(
             (launch("a", 0, 50), attempt(1, 10, start(11), steps(1, 10, 15))),
             LATER,
             50,
-            {"restart": 15, "train": 10, "wait": 25},
+            {"startup": 15, "train": 10, "wait": 25},
             id="lost-without-a-recorded-end",
         ),
         pytest.param(
@@ -223,7 +232,7 @@ UNDISTURBED = (
             ),
             LATER,
             60,
-            {"restart": 38, "train": 10, "restore": 10, "redo": 2},
+            {"startup": 23, "restart": 15, "train": 10, "restore": 10, "redo": 2},
             id="clocks-that-differ",
         ),
     ],
@@ -234,7 +243,37 @@ def test_every_second_is_in_one_category(
     report = account_time(make_timeline(*parts), now)
     check(report, wall_s)
     assert {category.value: round(s, 6) for category, s in report.seconds.items() if s} == expected
-    assert report.goodput == (expected.get("train", 0.0) / wall_s if wall_s else None)
+    active_s = wall_s - expected.get("idle", 0.0)
+    assert report.goodput == (expected.get("train", 0.0) / active_s if active_s else None)
+
+
+def test_idle_time_after_a_requested_stop_does_not_lower_goodput() -> None:
+    def goodput(began: float, exit_code: int) -> float | None:
+        later = attempt(2, began + 10, resume(began + 12, 10), steps(11, 20, began + 15), launch="b")
+        parts = (
+            launch("a", 0, 32, exit_code),
+            launch("b", began, began + 30, 0),
+            attempt(1, 10, steps(1, 10, 15), stopped(30, 10)),
+        )
+        return account_time(make_timeline(*parts, later), LATER).goodput
+
+    assert goodput(32.0, 75) == goodput(5000.0, 75) == pytest.approx(20 / 62)
+    assert goodput(5000.0, 1) == pytest.approx(20 / 5030)  # nothing had stopped it on purpose
+
+
+def test_time_between_a_stop_and_a_launch_that_had_begun_before_is_not_idle() -> None:
+    """A launch took over: the older one stops in order while the newer one is lost."""
+    parts = (
+        launch("a", 0, 60, 75),
+        launch("b", 30, 50),
+        launch("c", 100, 130, 0),
+        attempt(1, 10, start(11), steps(1, 10, 15)),
+        attempt(2, 40, resume(42, 6), steps(7, 10, 45), launch="b"),
+        attempt(3, 110, resume(112, 6), steps(7, 20, 115), done(130, 20), launch="c"),
+    )
+    seconds = account_time(make_timeline(*parts), LATER).seconds
+    assert seconds[TimeCategory.IDLE] == 0
+    assert seconds[TimeCategory.WAIT] >= 40
 
 
 def test_steps_lost_are_counted_once_for_each_time_they_were_made() -> None:

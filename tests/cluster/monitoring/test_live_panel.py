@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 import pty
@@ -73,9 +74,9 @@ def test_the_whole_panel_at_eighty_columns() -> None:
         "loss     0.045  █▃▂▂▂▁▁▁▁▁▁▁▁▁▁▁▁▁▁▁▁▁▁▁▁▁▁▁▁▁▁▁  eval loss 2.000  lr 0.001",
         "speed    100 tokens/s, 0.8 s/step",
         "saved    step 200, 13 s ago, 1.0 kB, not verified yet, takes 0.5 s, stall 0.1 s",
-        "goodput  59 %  ██████████████████████▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒",
-        "         train 2 min 57 s, restart 49 s, redo 48 s, detect 14 s, restore 10 s,",
-        "         evaluate 2 s",
+        "goodput  59 %  ███████████████████████▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒",
+        "         train 2 min 57 s, redo 48 s, restart 25 s, startup 24 s, detect 14 s,",
+        "         restore 10 s, evaluate 2 s",
         "lost     60 steps, in 2 interruptions",
         f"         {died}  worker died (rank 1) → from step 60: it was killed",
         f"         {hung}  hang (rank 1) → from step 90: it was killed",
@@ -413,6 +414,32 @@ def test_whole_lines_from_several_threads_on_a_real_terminal() -> None:
     others = [line for line in screen.lines[:402] if not line.startswith(names)]  # two pipes have no order
     assert sorted(others) == ["a child", "no newline at the end"]
     assert screen.lines[402:] == ["after", ""]
+
+
+AFTER_THE_PANEL = """
+import time
+from rich.console import Console
+from outlast.cluster.monitoring.console_progress import ProgressReporter
+console = Console(stderr=True)
+with ProgressReporter("run", console, keep=True) as reporter:
+    reporter({"event": "phase", "name": "data", "launch": "a", "t": time.time()})
+    reporter({"sender": "0001-0001", "event": "start", "t": time.time()})
+    reporter({"sender": "0001-0001", "event": "stop", "step": 3, "t": time.time()})
+reporter.print_line("stopped; to resume: outlast train run.yaml")
+"""
+
+
+def test_a_line_printed_after_the_end_stands_below_the_panel_that_was_kept() -> None:
+    ours, process = on_a_terminal(AFTER_THE_PANEL)
+    received = b""
+    with contextlib.suppress(OSError):  # the other end is closed
+        while part := os.read(ours, 65536):
+            received += part
+    assert process.wait(60) == 0
+    screen = Screen(80)
+    screen.feed(received.decode().replace("\r\n", "\n"))
+    assert "run: stopped; to resume: outlast train run.yaml" in screen.lines
+    assert any(line.startswith("run  stopped, attempt 1") for line in screen.lines)
 
 
 # -- progress reporter -------------------------------------------------------------------------------------------------

@@ -66,7 +66,8 @@ def test_the_card_is_in_the_hubs_form(exported: Path, assign: Callable[..., Assi
     [result] = results
     assert (result.metric_type, result.metric_name) == ("loss", "eval_loss")
     assert result.dataset_revision == assign("carded").prepared.fingerprint
-    assert result.dataset_name == "topics.txt"
+    assert result.dataset_name == "topics.txt (5% held out)"
+    assert result.metric_value == float(f"{result.metric_value:.6g}"), "no digits that mean nothing"
 
 
 def test_the_card_says_what_the_run_went_through(
@@ -93,9 +94,24 @@ def test_the_base_model_and_the_commit_are_the_records(carded: Path, storage: Lo
         assert said.data.to_dict().get("base_model") == base
         assert "code at commit `0123abcd`, 2 files changed since" in said.content
         assert "/models/mine" not in said.content
+        assert ("`mine`, a directory of the machine that trained it" in said.content) == (base is None)
     adapter = Content({}, {}, weights_name=ADAPTER_WEIGHTS)
     assert ModelCard(model_card(found, adapter).decode()).data.to_dict()["library_name"] == "peft"
     storage.delete(place)
+
+
+def test_scores_belong_to_the_data_that_they_were_measured_on(
+    carded: Path, storage: LocalStorage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = resolve_checkpoint(RunStore(storage, "carded"), "model", Retention())
+    settings = {"data": {"train": ["/secret/train.csv"], "eval": "/secret/test.csv"}}
+    monkeypatch.setattr("outlast.cluster.monitoring.model_card.read_claim", lambda *_: {"settings": settings})
+    said = ModelCard(model_card(found, read_content(found)).decode())
+    [model] = said.data.to_dict()["model-index"]
+    assert {result["dataset"]["name"] for result in model["results"]} == {"test.csv"}
+    assert "## Metrics\n\nOn `test.csv`." in said.content
+    assert "## Data\n\n`train.csv`" in said.content
+    assert "/secret" not in said.content
 
 
 def test_a_card_only_beside_a_directory_and_never_over_the_models_own(carded: Path, tmp_path: Path) -> None:

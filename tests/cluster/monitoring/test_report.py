@@ -394,6 +394,37 @@ def test_a_tooltip_shows_the_values_at_the_cursor(browser: Browser, tmp_path: Pa
     assert tooltips["lr"] == "step 41\nlr 0.001"
 
 
+def test_the_last_step_of_an_attempt_is_that_of_its_lost_steps() -> None:
+    """The journal of a killed rank 0 ends before what the coordinator received."""
+    timeline = make_timeline(
+        launch("a", 0, 200, 0, failure(1, 50, reached={"step": 19, "ended_at": 49.0})),
+        attempt(1, 20, start(21), plan(22), steps(1, 17, 30), saved(10, 41)),
+        attempt(2, 100, resume(110, 10), plan(111), steps(11, 40, 120), done(200, 40)),
+    )
+    data = data_of(page_of(timeline, 300.0))
+    assert [tuple(row["steps"]) for row in data["attempts"]] == [(1, 19), (11, 40)]
+    assert data["num_lost_steps"] == 19 - 10
+    assert [mark["step"] for mark in data["markers"]] == [19, 10]
+
+
+@needs_chromium
+def test_each_score_has_a_chart(browser: Browser, tmp_path: Path) -> None:
+    scored = [
+        {**evaluated(step, 30 + step, 30.5 + step), "eval_accuracy": step / 50, "eval_f1": 0.5} for step in (9, 19)
+    ]
+    timeline = make_timeline(
+        launch("a", 0, 99, 0), attempt(1, 20, start(21), plan(22), steps(1, 20, 30), scored, done(60))
+    )
+    path = tmp_path / "scored.html"
+    path.write_text(page_of(timeline, 99.0))
+    assert data_of(path.read_text())["scores_by_step"][0] == {"name": "accuracy", "x": [9, 19], "y": [0.18, 0.38]}
+    seen = opened(browser, path, "phone")
+    check_page(seen)
+    assert seen["charts"]["score-0"]["drawn"]
+    assert seen["charts"]["score-1"]["drawn"]
+    assert "accuracy, by step" in seen["text"]
+
+
 @needs_chromium
 def test_hostile_text_and_a_million_steps_in_a_browser(browser: Browser, tmp_path: Path) -> None:
     for name, timeline in {"hostile": hostile_timeline(), "long": long_timeline(1_000_000)}.items():

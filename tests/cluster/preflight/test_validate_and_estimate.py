@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from outlast.checkpointing.storage.local import LocalStorage
 from outlast.cluster.config.run_config import RunConfig
 from outlast.cluster.config.run_file import SettingsError, load_run
 from outlast.cluster.config.starter_files import EXAMPLES, template
+from outlast.cluster.formatting import size
 from outlast.cluster.preflight.estimate import describe, estimate_run
 from outlast.cluster.preflight.validate import validate
 from outlast.trainers.attempt import Assignment
@@ -74,8 +76,16 @@ def test_a_template_is_valid_unchanged(task: str, tmp_path: Path) -> None:
     assert len(texts) == 1
     assert "rows.jsonl does not exist" in texts[0], "nothing but the data is missing"
     rows_of(task, tmp_path)
+    [few] = validate(str(path))
+    assert few.finding.message.endswith("are held out: none of them for eval")  # 2 % of 40 rows
+    data = tmp_path / "rows.jsonl"
+    data.write_text(data.read_text() * 100)
     assert validate(str(path)) == []
     new = ["model.path=null", f"model.config={EXAMPLES[task].new}", "model.tokenizer={train_bpe: 4096}"]
+    if task == "chat":  # a new tokenizer has no template
+        [missing] = validate(str(path), new)
+        assert "no chat template" in missing.finding.message
+        new.append("data.chat_template='{{ messages[0].content }}'")
     assert validate(str(path), new) == []
 
 
@@ -392,6 +402,20 @@ def test_a_plan_shows_the_costs_behind_its_interval(tmp_path: Path, body: dict[s
     assert "10 steps" in text
     assert "activations are not counted" in text
     assert "every: auto would save after 60 s, then every" in text
+
+
+def test_a_plan_compares_what_is_needed_with_what_is_free(body: dict[str, Any]) -> None:
+    found = estimate_run(RunConfig.model_validate(body))
+    assert found.free_bytes is not None
+    assert found.shortage is None
+    needed = (found.kept + 1) * found.size.checkpoint_bytes + 4 * found.size.num_parameters
+    small = replace(found, free_bytes=needed - 1)
+    assert small.shortage is not None
+    assert f"need {size(needed)}" in small.shortage
+    assert "checkpoint.keep_last" in small.shortage
+    assert replace(small, held_bytes=1).shortage is None  # its own checkpoints are replaced
+    assert replace(small, free_bytes=None).shortage is None
+    assert any(f"the storage has {size(needed - 1)} free" in line for line in describe(small))
 
 
 def test_a_plan_of_an_adapter(tmp_path: Path, text_file: str) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,7 @@ import pytest
 import yaml
 from pyarrow import feather, parquet
 
+from outlast.checkpointing.errors import ConfigError
 from outlast.checkpointing.storage.local import LocalStorage
 from outlast.cluster.config.run_file import load_run
 from outlast.cluster.preflight import validate as validate_module
@@ -21,6 +24,9 @@ from outlast.trainers.attempt import Assignment
 from outlast.trainers.loop.train_loop import Outcome
 from tests.support.groups.worker_group import run_group, tiny_config
 
+ANSWERED = [{"prompt": f"What is {number} and one?", "response": f"It is {number + 1}."} for number in range(79)]
+ALPACA = [{"instruction": "Add one.", "input": str(number), "output": str(number + 1)} for number in range(79)]
+OUTLAST = str(Path(sys.executable).parent / "outlast")
 NO_ROWS = pa.table({"text": pa.array([], pa.string())})
 
 
@@ -58,7 +64,7 @@ def test_a_first_row_that_cannot_be_read(
 
 def test_rows_may_follow_in_the_next_file(run_file: str, tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text("text\n")
-    (tmp_path / "b.csv").write_text("text\nwords\n")
+    (tmp_path / "b.csv").write_text("text\n" + "words and more words\n" * 99)
     assert validate(run_file, [f"data.train={tmp_path}/*.csv"]) == []
 
 
@@ -86,6 +92,14 @@ def test_more_cpus_than_this_machine_has(run_file: str) -> None:
     [found] = unverified(run_file, ["scale.cpus_per_worker=4000"])
     assert "the workers need 4000 CPUs, and this machine has" in found
     assert unverified(run_file, ["scale.cpus_per_worker=0.1"]) == []
+
+
+def test_a_start_on_a_storage_that_is_not_writable_ends_at_once(run_file: str) -> None:
+    command = [OUTLAST, "train", run_file, "-s", "checkpoint.storage=/proc/runs"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2
+    assert "checkpoint.storage /proc/runs: /proc is not writable" in done.stderr
+    assert "preparing data" not in done.stderr
 
 
 def test_storage_that_holds_no_files(run_file: str) -> None:
@@ -156,3 +170,71 @@ def test_a_name_that_yaml_reads_as_something_else(name: str, run_file: str) -> N
     assert found.finding.suggestion == f'put it in quotes: "{name}"'
     path.write_text(path.read_text().replace(f"name: {name}\n", f'name: "{name}"\n'))
     assert validate(run_file) == []
+
+
+def written(path: Path, rows: list[dict[str, str]]) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    ("rows", "words"),
+    [
+        (ANSWERED, "for prompts with answers: -s data.prompt=prompt -s data.completion=response; for texts"),
+        (ALPACA, "-s data.completion=output (without the input; model.task: chat reads all three)"),
+    ],
+)
+def test_prompts_with_answers_are_led_to_the_settings_that_learn_the_answers(
+    rows: list[dict[str, str]], words: str, run_file: str, tmp_path: Path
+) -> None:
+    train = written(tmp_path / "rows.jsonl", rows)
+    first, *_, answer = rows[0]
+    [found] = validate(run_file, [f"data.train={train}", "data.eval=20%"])
+    assert words in found.finding.suggestion
+    pair = [f"data.prompt={first}", f"data.completion={answer}"]
+    alone = [f"data.train={train}", "data.eval=20%", f"data.text={first}"]
+    assert validate(run_file, alone) == []
+    [note] = [text for text in unverified(run_file, alone) if "is not read" in text]
+    assert note.startswith(f"column {answer!r} is not read: only {first!r} is learned")
+    assert all(option in note for option in pair)
+    assert validate(run_file, [*alone[:2], *pair]) == []
+    assert not any("is not read" in text for text in unverified(run_file, [*alone[:2], *pair]))
+
+
+@pytest.mark.parametrize(
+    ("share", "max_length", "message"),
+    [
+        ("0.1%", 8, "data.eval: 0.1% of the 79 rows of {} are held out: none of them for eval"),
+        ("4%", 512, "for eval, with at most {tokens} tokens, less than one sample (data.max_length 512)"),
+        ("99.9%", 8, "data.eval: 99.9% of the 79 rows of {} are held out: none of them for train"),
+    ],
+)
+def test_a_share_that_leaves_a_split_empty_is_found_before_the_preparation(
+    share: str, max_length: int, message: str, run_file: str, tmp_path: Path
+) -> None:
+    rows = [{"text": f"row {number:04}"} for number in range(79)]
+    train = written(tmp_path / "rows.jsonl", rows)
+    given = [f"data.train={train}", f"data.eval={share}", f"data.max_length={max_length}"]
+    [found] = validate(run_file, given)
+    head, _, rest = message.partition("{tokens}")
+    assert head.format(train) in found.finding.message
+    assert rest in found.finding.message
+    assert f"set a {'smaller' if share == '99.9%' else 'larger'} share" in found.finding.suggestion
+    with pytest.raises(ConfigError, match="are held out"):  # as the preparation finds
+        estimate_run(load_run(run_file, given)[0])
+    assert validate(run_file, [*given[:1], "data.eval=20%", "data.max_length=8"]) == []
+
+
+def test_a_tokenizer_without_a_chat_template_is_found_before_the_preparation(run_file: str, tmp_path: Path) -> None:
+    given = [f"data.train={written(tmp_path / 'rows.jsonl', ALPACA)}", "data.eval=20%", "model.task=chat"]
+    [found] = validate(run_file, given)
+    assert found.finding.message == "the tokenizer has no chat template, which conversations need"
+    template = "data.chat_template='{% for m in messages %}{{ m.content }}{% endfor %}'"
+    assert validate(run_file, [*given, template]) == []
+    model = tmp_path / "base"
+    model.mkdir()
+    (model / "config.json").write_text('{"model_type": "gpt2"}')
+    for body, errors in (({"tokenizer_class": "GPT2Tokenizer"}, 1), ({"chat_template": "x"}, 0)):
+        (model / "tokenizer_config.json").write_text(json.dumps(body))
+        found_here = validate(run_file, [*given, "model.tokenizer=null", f"model.path={model}", "model.config=null"])
+        assert sum("no chat template" in item.finding.message for item in found_here) == errors

@@ -16,7 +16,7 @@ from outlast.trainers.config.base import Settings
 from outlast.trainers.config.checkpoint import CheckpointSettings
 from outlast.trainers.config.train import Exactness
 from outlast.trainers.config.training_config import TrainingConfig
-from outlast.trainers.config.validation_errors import findings
+from outlast.trainers.config.validation_errors import _OTHER_NAMES, _settings, findings
 from tests.support.groups.worker_group import tiny_config
 
 
@@ -73,6 +73,12 @@ def test_enums_are_dumped_as_they_are_written() -> None:
         assert {name: dumped[block][name] for name in settings} == settings
 
 
+def test_names_of_other_trainers_lead_to_settings_that_exist() -> None:
+    known = set(_settings(RunConfig))
+    assert set(_OTHER_NAMES.values()) <= known
+    assert not {name for name in _OTHER_NAMES if any(path and path[-1] == name for path in known)}
+
+
 @pytest.mark.parametrize(
     ("sections", "message"),
     [
@@ -85,6 +91,10 @@ def test_enums_are_dumped_as_they_are_written() -> None:
             "model.tokenizer.train_bep: unknown key; did you mean 'train_bpe'?",
         ),
         ({"data": {"max_len": 9}}, "data.max_len: unknown key; did you mean 'max_length'?"),
+        ({"train": {"learning_rate": 1e-4}}, "train.learning_rate: unknown key; did you mean 'lr'?"),
+        ({"train": {"num_train_epochs": 1}}, "train.num_train_epochs: unknown key; did you mean 'epochs'?"),
+        ({"train": {"save_steps": 9}}, "train.save_steps: unknown key; did you mean 'checkpoint.every'?"),
+        ({"output_dir": "out"}, "output_dir: unknown key; did you mean 'checkpoint.storage'?"),
     ],
 )
 def test_an_unknown_key_suggests_the_nearest(sections: dict[str, Any], message: str) -> None:

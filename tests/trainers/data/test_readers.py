@@ -431,3 +431,14 @@ def test_the_advice_is_for_as_many_rows(num_bad: int, hint: str) -> None:
     with pytest.raises(ConfigError) as caught:
         bad.end()
     assert caught.value.hint.startswith(hint)
+
+
+@pytest.mark.parametrize(
+    ("given", "near"), [("trian.csv", "train.csv"), ("TRAIN.csv", "train.csv"), ("gone/train.csv", ""), ("zzz", "")]
+)
+def test_a_missing_file_suggests_the_most_similar_one(given: str, near: str, tmp_path: Path) -> None:
+    (tmp_path / "train.csv").write_text("text\na\n")
+    (tmp_path / ".trian.csv").write_text("text\na\n")
+    with pytest.raises(ConfigError, match="does not exist") as caught:
+        find_data_files(str(tmp_path / given))
+    assert (f"did you mean {tmp_path / near}?" in str(caught.value.hint)) == bool(near)
