@@ -209,7 +209,7 @@ def test_urls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert open_storage(f"file://{tmp_path}/runs").url == str(tmp_path / "runs")
     with pytest.raises(ConfigError, match="gopher://") as caught:
         open_storage("gopher://host/runs")
-    assert "checkpoint.storage" in caught.value.hint
+    assert "s3://bucket/prefix" in caught.value.hint
 
 
 def test_a_relative_storage_stays_where_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

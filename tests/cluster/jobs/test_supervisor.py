@@ -42,11 +42,14 @@ from tests.support.timelines import attempt, launch, resume, start, write
 GIVEN_UP = GiveUp("enough", ())
 NUM_STEPS = 500
 STALL_S = 30
-#: Slow, and hangs once, as set by environment variables: time to kill something, on a busy machine too.
+#: Slow, and hangs once, as set by environment variables: time to kill something, on a busy machine too. It hangs in the
+#: 30th batch: the driver's dry step has fewer.
 SLOW = """
-import os, time
+import itertools, os, time
 from types import SimpleNamespace
 from torch import nn
+
+BATCHES = itertools.count(1)
 
 class Slow(nn.Module):
     def __init__(self, vocab_size, width=8):
@@ -55,7 +58,7 @@ class Slow(nn.Module):
 
     def forward(self, input_ids, **_):
         time.sleep(float(os.environ.get("SLOW_S", "0")))
-        if self.training and os.environ.get("HANG_ONCE") and not os.path.exists(os.environ["HANG_ONCE"]):
+        if next(BATCHES) == 30 and os.environ.get("HANG_ONCE") and not os.path.exists(os.environ["HANG_ONCE"]):
             open(os.environ["HANG_ONCE"], "w").close()
             time.sleep(10_000)
         return SimpleNamespace(logits=self.head(self.embed(input_ids)))
