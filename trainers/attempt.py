@@ -11,11 +11,12 @@ import platform
 import socket
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 import transformers
+from torch import nn
 
 from outlast.checkpointing import fault_injection as faults
 from outlast.checkpointing.checkpointer import Checkpointer
@@ -24,6 +25,7 @@ from outlast.checkpointing.format.layout import RECORD
 from outlast.checkpointing.redaction import redact
 from outlast.checkpointing.run_store.events import AttemptErrorEvent
 from outlast.checkpointing.run_store.store import RunStore
+from outlast.checkpointing.state.named_weights import WeightNaming
 from outlast.checkpointing.storage.base import Storage
 from outlast.checkpointing.storage.retry import wait_until_responsive
 from outlast.trainers.checks.model_checks import check_metric
@@ -40,6 +42,7 @@ from outlast.trainers.checks.resume_checks import (
 from outlast.trainers.config.tracking import TrackSettings
 from outlast.trainers.config.train import Parallel
 from outlast.trainers.config.training_config import TrainingConfig
+from outlast.trainers.data.arrow_samples import Samples
 from outlast.trainers.data.batch_plan import make_plan
 from outlast.trainers.distributed.determinism import make_deterministic
 from outlast.trainers.distributed.fsdp import shard
@@ -51,8 +54,8 @@ from outlast.trainers.loop.train_loop import Loop, Outcome
 from outlast.trainers.models.build import build_model, weight_naming
 from outlast.trainers.models.lora import is_adapted
 from outlast.trainers.preparation.prepare import Prepared
-from outlast.trainers.tasks.base import find_task
-from outlast.trainers.tracking.follow import follow
+from outlast.trainers.tasks.base import Task, find_task
+from outlast.trainers.tracking.follow import Tracking, follow
 from outlast.trainers.user_code import make_importable
 
 
@@ -83,6 +86,25 @@ class Assignment:
     track: TrackSettings | None = None
 
 
+@dataclass(frozen=True)
+class BuiltModel:
+    """What every rank builds from the settings alone, before or after it has a place in a group.
+
+    Attributes:
+        model: The model, on its device.
+        task: What it learns.
+        files: Small files of every checkpoint.
+        naming: Names of the weights in checkpoints.
+        data: Training samples, and held-out ones if there are any.
+    """
+
+    model: nn.Module
+    task: Task
+    files: dict[str, bytes]
+    naming: WeightNaming
+    data: tuple[Samples, Samples | None]
+
+
 def run_attempt(assignment: Assignment, storage: Storage, world: World, control: Control) -> Outcome:
     """Claim the run, restore its resume point, train. Every rank must call it.
 
@@ -91,14 +113,73 @@ def run_attempt(assignment: Assignment, storage: Storage, world: World, control:
         NoCheckpointError: The run has commits, but all its checkpoints are damaged.
         StorageError: The storage failed.
     """
+    prepared = prepare_attempt(assignment, storage, world, control)
+    if prepared is None:
+        return Outcome.SUPERSEDED
+    try:
+        return prepared.train()
+    except BaseException as error:
+        prepared.record_error(error)
+        raise
+
+
+@dataclass(frozen=True)
+class LoopOptions:
+    """Options of `Loop`, which has their meaning."""
+
+    static_graph: bool = False
+    may_regroup: bool = False
+    optimizer: torch.optim.Optimizer | None = None
+
+
+@dataclass(frozen=True)
+class PreparedAttempt:
+    """An attempt that has claimed the run and is ready to train.
+
+    Attributes:
+        loop: Its loop.
+        tracking: Its trackers.
+        built: Its model.
+    """
+
+    loop: Loop
+    tracking: Tracking
+    built: BuiltModel
+
+    def train(self) -> Outcome:
+        """Train. Raises as `Loop.run`."""
+        with self.tracking:
+            outcome = self.loop.run()
+            self.loop.checkpointer.flush()
+        return outcome
+
+    def record_error(self, error: BaseException) -> None:
+        """Write the error that ends the attempt to the journal."""
+        error.add_note(f"after step {self.loop.step}")
+        checkpointer = self.loop.checkpointer
+        with suppress(StorageError):  # the first error is the one to report
+            if checkpointer.journal is not None:
+                message = redact(f"{type(error).__name__}: {error}")[:500]
+                final = isinstance(error, NonFiniteError)
+                checkpointer.journal.write(AttemptErrorEvent(step=self.loop.step + 1, error=message, final=final))
+            checkpointer.flush()
+
+
+def prepare_attempt(
+    assignment: Assignment, storage: Storage, world: World, control: Control, *, may_regroup: bool = False
+) -> PreparedAttempt | None:
+    """Claim the run and build its loop; None if a later launch has claimed it. Every rank calls it.
+
+    With `may_regroup` each rank keeps what the others need to go on in memory. Raises as `run_attempt`.
+    """
     config = assignment.config
     faults.arm(assignment.faults, world.rank)
     make_importable(assignment.code)
     make_plan(config, assignment.prepared.num_samples, world.size)
     check_metric(config, assignment.prepared.facts)
-    checkpointer = _claim(assignment, storage, world)
+    checkpointer = claim_attempt(assignment, storage, world)
     if checkpointer.superseded:
-        return Outcome.SUPERSEDED
+        return None
     control.claimed(str(checkpointer.attempt))
     world.mark("claim")
     base = checkpointer.catalogue.declaration
@@ -110,11 +191,8 @@ def run_attempt(assignment: Assignment, storage: Storage, world: World, control:
     checkpointer.declaration |= {"num_threads": num_threads, "static_graph": static_graph}
     make_deterministic(config.deterministic, num_threads)
 
-    tokenizer = assignment.prepared.tokenizer(storage)
-    task = find_task(config.model.task)(config.data, tokenizer, assignment.prepared.facts)
-    fresh = checkpointer.catalogue.is_fresh
-    model, checkpointer.files = build_model(config.model, task, tokenizer, config.seed, fresh=fresh)
-    checkpointer.naming = weight_naming(model)
+    built = build(assignment, storage, fresh=checkpointer.catalogue.is_fresh)
+    model, checkpointer.files, checkpointer.naming = built.model, built.files, built.naming
     check_model_config(checkpointer)
     check_ranks_agree(world, model)
     check_layout(checkpointer, base, model)
@@ -123,28 +201,52 @@ def run_attempt(assignment: Assignment, storage: Storage, world: World, control:
     record_changes(checkpointer, base, config.exactness)
     is_sharded = config.scale.parallel is Parallel.FSDP and world.size > 1
     model = shard(model, world, config.exactness) if is_sharded else model.to(world.device)
+    built = replace(built, model=model)
     world.mark("model")
-    has_eval = assignment.prepared.num_eval_samples > 0
+    options = LoopOptions(static_graph, may_regroup)
+    prepared = make_loop(assignment, world, control, checkpointer, built, options)
+    world.mark("data")
+    return prepared
+
+
+def build(assignment: Assignment, storage: Storage, *, fresh: bool) -> BuiltModel:
+    """Build the model and open the data. `fresh` as in `build_model`. Raises ConfigError and StorageError."""
+    config, prepared = assignment.config, assignment.prepared
+    tokenizer = prepared.tokenizer(storage)
+    task = find_task(config.model.task)(config.data, tokenizer, prepared.facts)
+    model, files = build_model(config.model, task, tokenizer, config.seed, fresh=fresh)
+    held_out = prepared.split(storage, "eval") if prepared.num_eval_samples > 0 else None
+    return BuiltModel(model, task, files, weight_naming(model), (prepared.split(storage, "train"), held_out))
+
+
+def make_loop(
+    assignment: Assignment,
+    world: World,
+    control: Control,
+    checkpointer: Checkpointer,
+    built: BuiltModel,
+    options: LoopOptions,
+) -> PreparedAttempt:
+    """Make the loop of an attempt that has claimed the run."""
     track = assignment.track or TrackSettings(to=[])
     tracking = follow(track, checkpointer, flatten(dict(assignment.declared)), control.progress)
     loop = Loop(
-        config,
+        assignment.config,
         world,
         checkpointer,
-        model,
-        task,
-        assignment.prepared.split(storage, "train"),
-        assignment.prepared.split(storage, "eval") if has_eval else None,
+        built.model,
+        built.task,
+        *built.data,
         control,
         listeners=[tracking.apply],
-        static_graph=static_graph,
+        static_graph=options.static_graph,
+        may_regroup=options.may_regroup,
+        optimizer=options.optimizer,
     )
-    world.mark("data")
-    with tracking:
-        return _run(loop, checkpointer)
+    return PreparedAttempt(loop, tracking, built)
 
 
-def _claim(assignment: Assignment, storage: Storage, world: World) -> Checkpointer:
+def claim_attempt(assignment: Assignment, storage: Storage, world: World) -> Checkpointer:
     """Claim the run once its storage answers; the claim lists the workers."""
     config = assignment.config
     process = {"rank": world.rank, "host": socket.gethostname(), "node": world.node, "pid": os.getpid()}
@@ -166,23 +268,6 @@ def _claim(assignment: Assignment, storage: Storage, world: World) -> Checkpoint
         max_shard_bytes=config.checkpoint.max_shard_bytes,
         settle_s=config.checkpoint.settle_s,
     )
-
-
-def _run(loop: Loop, checkpointer: Checkpointer) -> Outcome:
-    """Train; an error is written to the journal before it is raised."""
-    try:
-        outcome = loop.run()
-    except BaseException as error:
-        error.add_note(f"after step {loop.step}")
-        with suppress(StorageError):  # the first error is the one to report
-            if checkpointer.journal is not None:
-                message = redact(f"{type(error).__name__}: {error}")[:500]
-                final = isinstance(error, NonFiniteError)
-                checkpointer.journal.write(AttemptErrorEvent(step=loop.step + 1, error=message, final=final))
-            checkpointer.flush()
-        raise
-    checkpointer.flush()
-    return outcome
 
 
 def _declaration(assignment: Assignment, world: World) -> dict[str, Any]:

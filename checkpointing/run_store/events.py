@@ -92,6 +92,18 @@ class ResumeEvent(Event, kind="resume"):
     passed_over: Annotated[tuple[CheckpointRef, ...], "newer checkpoints from which two starts failed"] = ()
 
 
+class RegroupedEvent(Event, kind="regrouped"):
+    """The attempt continues what the one before it held in memory, after a process of that one was lost."""
+
+    step: Step
+    attempt: Annotated[str | None, "name of the attempt before"] = None
+    lost: Annotated[tuple[str, ...], "the processes that were lost"] = ()
+    source: Annotated[int, "the rank whose state the others took"] = 0
+    world_size: Annotated[int | None, "number of workers"] = None
+    noticed_at: Annotated[float | None, "when the loss was noticed, in seconds since the epoch"] = None
+    marks: Annotated[Mapping[str, float], "phases and when each was done, in seconds since the epoch"]
+
+
 class NoCheckpointEvent(Event, kind="no-checkpoint"):
     """The run has commits, and no checkpoint is whole."""
 

@@ -53,6 +53,14 @@ class SaveInFlight:
             exit_hook.release(self)
         return save
 
+    def abandon(self) -> None:
+        """Forget it without waiting for its end, only for its copy, which does not depend on others."""
+        if (save := self._save) is not None:
+            save.copy.wait()
+            save.copy.close()
+            self._save = None
+            exit_hook.release(self)
+
     def skip(self, step: int) -> None:
         """Remember that `step` was not saved, because of the one in flight."""
         if self._save is not None:

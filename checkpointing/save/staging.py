@@ -123,6 +123,10 @@ class HostCopy:
         finally:
             self._done.set()
 
+    def wait(self) -> None:
+        """Wait until all is copied, or the copy has failed."""
+        self._done.wait()
+
     def close(self) -> None:
         """Remove the fence."""
         self._hook.remove()

@@ -1,11 +1,12 @@
 """Events of the step loop: rank 0 writes them into the attempt's journal and passes them to live listeners."""
 
 import math
+from collections import deque
 from collections.abc import Callable
 from typing import Any
 
 from outlast.checkpointing.checkpointer import Checkpointer
-from outlast.checkpointing.run_store.events import Event, StepEvent
+from outlast.checkpointing.run_store.events import EvalEvent, Event, StepEvent
 from outlast.trainers.loop.log_history import LogHistory
 from outlast.trainers.loop.step_exchange import DeferredMetrics
 
@@ -17,12 +18,21 @@ class EventLog:
         checkpointer: Owns the journal; its own events go to the same listeners.
         history: Receives each step, on every rank.
         listeners: Called with each event, in this order, on rank 0. They must return at once.
+        keeps: Keep, on every rank, the events of steps that may not be durable yet, in case that rank 0 is lost.
+
+    Attributes:
+        kept: Those events, oldest first.
     """
 
     def __init__(
-        self, checkpointer: Checkpointer, history: LogHistory, *listeners: Callable[[dict[str, Any]], None]
+        self,
+        checkpointer: Checkpointer,
+        history: LogHistory,
+        *listeners: Callable[[dict[str, Any]], None],
+        keeps: bool = False,
     ) -> None:
-        self._checkpointer, self._history, self._listeners = checkpointer, history, listeners
+        self._checkpointer, self._history, self._listeners, self._keeps = checkpointer, history, listeners, keeps
+        self.kept: deque[StepEvent | EvalEvent] = deque()
         checkpointer.listener = self._publish
 
     def write(self, event: Event) -> None:
@@ -38,7 +48,7 @@ class EventLog:
     def step(self, done: DeferredMetrics, loss: float) -> None:
         """Record a step, once its losses are added over the ranks. Every rank calls it."""
         self._history.add_step(done, loss)
-        if self._checkpointer.journal is None:
+        if self._checkpointer.journal is None and not self._keeps:
             return  # reading the norm waits for the device
         event = StepEvent(
             step=done.step + 1,
@@ -50,7 +60,22 @@ class EventLog:
             seconds=round(done.seconds, 4),
             ended_at=round(done.ended_at, 4),
         )
+        self.keep(event)
         self.write(event)
+
+    def evaluation(self, event: EvalEvent) -> None:
+        """Record an evaluation. Every rank calls it."""
+        self.keep(event)
+        self.write(event)
+
+    def keep(self, event: StepEvent | EvalEvent) -> None:
+        """Keep an event; a commit has made those of its step and before durable."""
+        if self._keeps:
+            accepted = self._checkpointer.accepted
+            newest = accepted[0].ref.step if accepted else -1
+            while self.kept and self.kept[0].step <= newest:
+                self.kept.popleft()
+            self.kept.append(event)
 
     def _publish(self, event: dict[str, Any]) -> None:
         for listener in self._listeners:

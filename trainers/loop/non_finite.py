@@ -71,19 +71,24 @@ class NonFiniteGuard:
     Attributes:
         mode: As given.
         left_out: Steps that were left out, counted from 1, in order.
+        decided: Steps that earlier attempts decided to leave out.
     """
 
     def __init__(self, mode: NonFinite, world: World, model: nn.Module) -> None:
         self.mode, self._world, self._model = mode, world, model
         self.left_out: list[int] = []
-        self._decided: frozenset[int] = frozenset()
+        self.decided: frozenset[int] = frozenset()
         self._carried = carried_state(model)
         self._kept: dict[str, torch.Tensor] = {}
 
     def restore(self, checkpointer: Checkpointer, left_out: list[int]) -> None:
         """Restore the checkpoint's list, and the decisions of earlier attempts since. Every rank calls it."""
         self.left_out = list(left_out)
-        self._decided = self._world.run_on_rank_0(lambda: _left_out_before(checkpointer))
+        self.decided = self._world.run_on_rank_0(lambda: _left_out_before(checkpointer))
+
+    def take_over(self, left_out: Iterable[int], decided: Iterable[int]) -> None:
+        """Take over another rank's lists."""
+        self.left_out, self.decided = list(left_out), frozenset(decided)
 
     def begin(self) -> None:
         """Copy what a step's forward passes may change."""
@@ -108,14 +113,14 @@ class NonFiniteGuard:
             losses: The sums of this rank's micro-batches, which are checked then.
         """
         if norm is not None:
-            return not bool(norm.isfinite()) or step in self._decided
+            return not bool(norm.isfinite()) or step in self.decided
         is_finite = bool(torch.stack(list(losses.values())).isfinite().all()) if losses else True
         bad = self._world.add(torch.tensor([float(not is_finite)], dtype=torch.float64)).item() > 0
-        return bad or step in self._decided
+        return bad or step in self.decided
 
     def action(self, step: int) -> NonFinite:
         """Return the action for a step that is not finite."""
-        if step in self._decided:
+        if step in self.decided:
             return NonFinite.SKIP
         in_a_row = range(step - MAX_IN_A_ROW, step)
         return NonFinite.STOP if set(in_a_row) <= set(self.left_out) else self.mode

@@ -6,7 +6,7 @@ passes it requests to stop or save, and receives its progress.
 
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from enum import Enum
 from typing import Any
 
@@ -34,6 +34,9 @@ from outlast.trainers.loop.save_timer import SaveFailures, SaveTimer
 from outlast.trainers.loop.step_exchange import PlannedSave, StepRequests
 from outlast.trainers.loop.train_step import TrainStep
 from outlast.trainers.tasks.base import Task
+
+#: Steps, entries of the history, and whether the newest step's end is done: more of it is newer.
+Progress = tuple[int, int, int]
 
 #: The loop state by key, as the loop and its parts rely on it.
 _STATE = {
@@ -75,6 +78,8 @@ class Loop:
         control: The connection to the environment.
         listeners: Called with each event before `control`, on rank 0.
         static_graph: Whether each backward pass is known to give every trained parameter a gradient.
+        may_regroup: Keep on every rank what the others need to go on in memory if this one is lost.
+        optimizer: The optimizer of a training that goes on in memory.
 
     Attributes:
         step: Steps done.
@@ -93,50 +98,133 @@ class Loop:
         *,
         listeners: Sequence[Callable[[dict[str, Any]], None]] = (),
         static_graph: bool = False,
+        may_regroup: bool = False,
+        optimizer: torch.optim.Optimizer | None = None,
     ) -> None:
         self.config, self.world, self.checkpointer, self.model = config, world, checkpointer, model
         self.task, self.eval_data, self.control = task, eval_data, control
         self._static_graph = static_graph
         self.step = 0
+        self._is_in_memory = self._lacks_first_evaluation = False
+        self._unfinished: StepRequests | None = None  # of the newest step, until its end is done
         self.metrics: dict[str, float] = {}
         self.plan = make_plan(config, len(train_data), world.size)
         self.history = LogHistory(self.plan, config.train.log_every)
-        self._log = EventLog(checkpointer, self.history, *listeners, control.progress)
-        self._train_step = TrainStep(config, self.plan, world, model, task, train_data, control, self._log)
+        self._log = EventLog(checkpointer, self.history, *listeners, control.progress, keeps=may_regroup)
+        self._train_step = TrainStep(
+            config,
+            self.plan,
+            world,
+            model,
+            task,
+            train_data,
+            control,
+            self._log,
+            optimizer=optimizer,
+            settles_at_once=may_regroup,
+        )
         self._save_timer = SaveTimer(config.checkpoint.every, checkpointer)
         self._save_failures = SaveFailures(config.failure, checkpointer, world, self._log)
 
     def run(self) -> Outcome:
         """Run to one of the three outcomes. Raises what the checkpointer and the steps raise."""
-        is_fresh = self._resume()
-        self.world.mark("restore")
-        if self.checkpointer.superseded:
-            return Outcome.SUPERSEDED
+        if not self._is_in_memory:
+            is_fresh = self._resume()
+            self.world.mark("restore")
+            if self.checkpointer.superseded:
+                return Outcome.SUPERSEDED
+            self._is_in_memory = True
+            self._lacks_first_evaluation = is_fresh and self.eval_data is not None
         self._train_step.prepare(static_graph=self._static_graph)
         plan = {"num_steps": self.plan.num_steps, "batch": self.plan.batch}
         self._log.write(events.PlanEvent(**plan, world_size=self.world.size, step=self.step))
-        if is_fresh and self.eval_data is not None:
+        if self._lacks_first_evaluation:
             self._evaluate()
+            self._lacks_first_evaluation = False
         is_first = True
-        while not self._is_over():
-            agreed = self._update()
-            if is_first:
-                self._first_step_done()
-                is_first = False
-            if agreed.trouble and not self._save_failures.guard(self.checkpointer.wait, self.step):
-                return Outcome.SUPERSEDED
-            if is_evaluated := self._evaluation_is_due():
-                self._evaluate()
-            is_over = self._is_over()
-            if is_over and self.step < self.plan.num_steps:
-                self._record_early_stop()
-            if not self._save_if_due(agreed, is_evaluated=is_evaluated, is_over=is_over):
-                return Outcome.SUPERSEDED
-            if agreed.stop and not is_over:
-                self._log.write(events.StopEvent(step=self.step))
-                self.checkpointer.flush()
-                return Outcome.STOPPED
+        while self._unfinished is not None or not self._is_over():
+            if self._unfinished is None:
+                self._unfinished = self._update()
+                if is_first:
+                    self._first_step_done()
+                    is_first = False
+            if outcome := self._end_step(self._unfinished):
+                return outcome
+            self._unfinished = None
         return self._finish()
+
+    def _end_step(self, agreed: StepRequests) -> Outcome | None:
+        """Evaluate, save and stop after a step, as due. Returns how the attempt ends, if it does."""
+        if agreed.trouble and not self._save_failures.guard(self.checkpointer.wait, self.step):
+            return Outcome.SUPERSEDED
+        if is_evaluated := self._evaluation_is_due():
+            self._evaluate()
+        is_over = self._is_over()
+        if is_over and self.step < self.plan.num_steps:
+            self._record_early_stop()
+        if not self._save_if_due(agreed, is_evaluated=is_evaluated, is_over=is_over):
+            return Outcome.SUPERSEDED
+        if agreed.stop and not is_over:
+            self._log.write(events.StopEvent(step=self.step))
+            self.checkpointer.flush()
+            return Outcome.STOPPED
+        return None
+
+    @property
+    def optimizer(self) -> torch.optim.Optimizer:
+        return self._train_step.optimizer
+
+    @property
+    def progress(self) -> Progress | None:
+        """How far this rank is; None before it has a state."""
+        if not self._is_in_memory:
+            return None
+        return self.step, len(self.history.entries), int(self._unfinished is None)
+
+    @property
+    def kept_events(self) -> list[events.StepEvent | events.EvalEvent]:
+        """The events of steps and evaluations that may not be durable."""
+        return list(self._log.kept)
+
+    def state_in_memory(self) -> dict[str, Any]:
+        """Return all that another rank needs to go on from here, besides the tensors."""
+        agreed = self._unfinished
+        return {
+            "step": self.step,
+            "metrics": self.metrics,
+            **self.history.state(),
+            **self._train_step.state_in_memory(),
+            "unfinished": None if agreed is None else [agreed.stop, agreed.save.value, agreed.trouble],
+            "lacks_first_evaluation": self._lacks_first_evaluation,
+            "static_graph": self._static_graph,
+            "kept": [event.to_json() for event in self._log.kept],
+        }
+
+    def drop_step(self) -> None:
+        """Drop what an interrupted step has begun."""
+        self._train_step.drop()
+
+    def load_in_memory(self, state: Mapping[str, Any], recorded: Collection[tuple[str, int]] = ()) -> None:
+        """Take over `state_in_memory` of any rank, whose tensors are here already. `run` then goes on from there.
+
+        Args:
+            state: The state.
+            recorded: Kind and step of the events that are in the run's journals; rank 0 records the others.
+        """
+        self.step, self.metrics = state["step"], dict(state["metrics"])
+        self.history.load(state)
+        self._train_step.load_in_memory(state)
+        agreed = state["unfinished"]
+        # The save in flight is dropped, so there is none to wait for.
+        self._unfinished = None if agreed is None else StepRequests(agreed[0], PlannedSave(agreed[1]), trouble=False)
+        self._lacks_first_evaluation = state["lacks_first_evaluation"]
+        self._static_graph = state["static_graph"]
+        self._is_in_memory = True
+        for event in map(events.parse_event, state["kept"]):
+            assert isinstance(event, events.StepEvent | events.EvalEvent)
+            self._log.keep(event)
+            if (event.kind, event.step) not in recorded:
+                self._log.write(event)
 
     def _update(self) -> StepRequests:
         """Make one step. If it ends the run because it is not finite, save the state before it."""
@@ -190,6 +278,8 @@ class Loop:
         return self.eval_data is not None and (is_due or self.step == self.plan.num_steps)
 
     def _evaluate(self) -> None:
+        if self.history.evaluations and self.history.evaluations[-1]["step"] == self.step:
+            return  # before the group was formed anew
         assert self.eval_data is not None
         train = self.config.train
         began = time.monotonic()
@@ -199,7 +289,8 @@ class Loop:
         scores = evaluate(self.model, self.task, self.eval_data, self.world, train.micro_batch, train.precision)
         self.metrics |= scores
         self.history.add_evaluation(self.step, scores)
-        self._log.write(events.EvalEvent(step=self.step, scores=scores, seconds=round(time.monotonic() - began, 4)))
+        seconds = round(time.monotonic() - began, 4)
+        self._log.evaluation(events.EvalEvent(step=self.step, scores=scores, seconds=seconds))
 
     def _save_if_due(self, agreed: StepRequests, *, is_evaluated: bool, is_over: bool) -> bool:
         """Save if a save is due. False when superseded."""

@@ -61,6 +61,9 @@ class TrainStep:
         data: Training samples.
         control: Receives the step's phase.
         log: Records the steps.
+        optimizer: The optimizer of a training that goes on in memory; None to make one.
+        settles_at_once: Add the losses up before the weights change, not with the next step: then no rank's loss can be
+            lost that is in the weights. It costs one more small all-reduce, during the last backward pass.
 
     Attributes:
         optimizer: The optimizer.
@@ -77,6 +80,9 @@ class TrainStep:
         data: Samples,
         control: Control,
         log: EventLog,
+        *,
+        optimizer: torch.optim.Optimizer | None = None,
+        settles_at_once: bool = False,
     ) -> None:
         self._train, self._plan, self._world, self._model = config.train, plan, world, model
         self._task, self._data, self._control, self._log = task, data, control, log
@@ -84,7 +90,9 @@ class TrainStep:
         is_elastic = config.exactness is Exactness.ELASTIC
         self._tree = TreeReducer(model.parameters(), world.rank, world.size) if is_elastic else None
         self._trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        self.optimizer = make_optimizer(model, config.train)
+        self.optimizer = optimizer or make_optimizer(model, config.train)
+        self._settles_at_once = settles_at_once
+        self._loss_sums: Callable[[], torch.Tensor] | None = None
         self._scaler = make_scaler(config.train, world.device)
         self._non_finite = NonFiniteGuard(config.failure.non_finite, world, model)
         self._stopwatch = Stopwatch(world.device, control.worked)
@@ -105,6 +113,22 @@ class TrainStep:
             load_scaler(self._scaler, saved["scaler"])
             load_group_numbers(self.optimizer, saved["groups"])
         self._non_finite.restore(checkpointer, (saved or {}).get("left_out", []))
+
+    def state_in_memory(self) -> dict[str, Any]:
+        """Return all that another rank needs to go on after the newest step, besides the tensors."""
+        return {**self.state(), "decided": sorted(self._non_finite.decided), "loss": self.loss}
+
+    def load_in_memory(self, state: Mapping[str, Any]) -> None:
+        """Take over `state_in_memory` of any rank."""
+        load_scaler(self._scaler, state["scaler"])
+        load_group_numbers(self.optimizer, state["groups"])
+        self._non_finite.take_over(state["left_out"], state["decided"])
+        self.loss = state["loss"]
+
+    def drop(self) -> None:
+        """Drop what an interrupted step has begun: gradients, and the changes of its forward passes."""
+        self.optimizer.zero_grad(set_to_none=True)
+        self._non_finite.undo()
 
     def prepare(self, *, static_graph: bool = False) -> None:
         """Compile, parallelize and guard the model, once its weights are restored. Raises as `prepare_module`.
@@ -157,10 +181,15 @@ class TrainStep:
             guard.check()
         fault_point(FaultPoint.STEP, step)
 
+        shared = self._shared_losses(losses)
         lr = learning_rate(self._train, step, self._plan.num_steps)
         norm = self._apply(step, lr, losses, cut)
         seconds = time.monotonic() - began
-        self._pending = DeferredMetrics(step, agreed.count, agreed.num_tokens, losses, norm, lr, seconds, time.time())
+        done = DeferredMetrics(step, agreed.count, agreed.num_tokens, losses, norm, lr, seconds, time.time())
+        if shared is None:
+            self._pending = done
+        else:
+            self._record(done, shared)
         return agreed.requests
 
     def settle(self) -> None:
@@ -187,19 +216,29 @@ class TrainStep:
         self._non_finite.begin()
         for micro, batch in batches.items():
             seed_everything(self._plan.seed, step, micro)
-            losses[micro] = self._forward_backward(step, batch, count, is_last=len(losses) + 1 == len(batches))
+            is_last = len(losses) + 1 == len(batches)
+            self._forward_backward(step, batch, count, losses, micro, is_last=is_last)
             if self._tree is not None:
                 self._tree.take(micro, len(cut))
             fault_point(FaultPoint.ACCUMULATING, step)
         for _ in range(self._world.num_idle(len(cut), self._wrapped)):  # other ranks wait for gradients, which are zero
             seed_everything(self._plan.seed, step, 0)  # the buffers that it changes may be the saved ones
-            self._forward_backward(step, self._batch(cut[0]), lambda: math.inf, is_last=True)
+            self._forward_backward(step, self._batch(cut[0]), lambda: math.inf, losses, None, is_last=True)
         return losses
 
-    def _forward_backward(self, step: int, batch: Batch, count: Callable[[], float], *, is_last: bool) -> torch.Tensor:
-        """Add the gradient of `loss_sum / count`; the last pass also adds it over the ranks. Returns the loss sum.
+    def _forward_backward(
+        self,
+        step: int,
+        batch: Batch,
+        count: Callable[[], float],
+        losses: dict[int, torch.Tensor],
+        micro: int | None,
+        *,
+        is_last: bool,
+    ) -> None:
+        """Add the gradient of `loss_sum / count`; the last pass also adds it over the ranks.
 
-        `count` is called once the loss is computed.
+        The loss sum is put into `losses` under `micro`, unless that is None. `count` is called once it is computed.
         """
         if isinstance(self._wrapped, DistributedDataParallel):
             self._wrapped.require_backward_grad_sync = is_last
@@ -211,10 +250,31 @@ class TrainStep:
             for guard in self._buffer_guards:  # before the backward pass fails on it
                 guard.check()
         loss = loss_sum / count()
-        if is_last and self._tree is None:
-            self._control.at(StepPhase.EXCHANGE, step)
+        if micro is not None:
+            losses[micro] = loss_sum.detach()
+        if is_last:
+            self._begin_sharing(losses)
+            if self._tree is None:
+                self._control.at(StepPhase.EXCHANGE, step)
         self._scaler.scale(loss if self._scaler.is_enabled() else or_nan(loss)).backward()  # type: ignore[no-untyped-call]
-        return loss_sum.detach()
+
+    def _begin_sharing(self, losses: Mapping[int, torch.Tensor]) -> None:
+        """Start adding the step's losses over the ranks, if they are settled at once, and it has not begun yet."""
+        if self._settles_at_once and self._loss_sums is None:
+            self._loss_sums = self._world.add_meanwhile(self._by_micro(losses))
+
+    def _shared_losses(self, losses: Mapping[int, torch.Tensor]) -> list[float] | None:
+        """Wait for the sum of each micro-batch's loss over the ranks; None if they are added with the next step."""
+        self._begin_sharing(losses)  # a rank may have no pass at all in a short step
+        wait, self._loss_sums = self._loss_sums, None
+        return None if wait is None else wait().tolist()
+
+    def _by_micro(self, losses: Mapping[int, torch.Tensor], num_before: int = 0) -> torch.Tensor:
+        """Return `num_before` zeros, and one element for each micro-batch: its loss where this rank has it, or zero."""
+        values = torch.zeros(num_before + self._plan.batch // self._plan.micro_batch, dtype=torch.float64)
+        for micro, loss_sum in losses.items():
+            values[num_before + micro] = loss_sum.double().cpu()
+        return values
 
     def _agree(
         self, step: int, batches: Mapping[int, Batch], requests: Callable[[], StepRequests]
@@ -249,22 +309,24 @@ class TrainStep:
         Each micro-batch's loss has an element of its own, zero on every rank but one, so that adding over the ranks is
         exact; they are then added up in micro-batch order.
         """
-        values = torch.zeros(len(head) + self._plan.batch // self._plan.micro_batch, dtype=torch.float64)
-        values[: len(head)] = torch.tensor(head, dtype=torch.float64)
         pending, self._pending = self._pending, None
-        for micro, loss_sum in (pending.micro_losses if pending else {}).items():
-            values[len(head) + micro] = loss_sum.double().cpu()
+        values = self._by_micro(pending.micro_losses if pending else {}, len(head))
+        values[: len(head)] = torch.tensor(head, dtype=torch.float64)
         wait = self._world.add_meanwhile(values)
 
         def added() -> list[float]:
             sums: list[float] = wait().tolist()
             if pending is not None:
-                loss = sum(sums[len(head) :]) / pending.count
-                self.loss = loss if math.isfinite(loss) else self.loss
-                self._log.step(pending, loss)
+                self._record(pending, sums[len(head) :])
             return sums[: len(head)]
 
         return added
+
+    def _record(self, done: DeferredMetrics, losses: list[float]) -> None:
+        """Record a step, given its losses over all ranks; they are added up in micro-batch order."""
+        loss = sum(losses) / done.count
+        self.loss = loss if math.isfinite(loss) else self.loss
+        self._log.step(done, loss)
 
     def _apply(
         self, step: int, lr: float, losses: Mapping[int, torch.Tensor], cut: list[Positions]

@@ -37,7 +37,7 @@ from outlast.trainers.loop.rank_activity import StepPhase
 from outlast.trainers.loop.train_loop import Outcome
 
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["tests.support.groups.worker_group_rank"])
+_context.set_forkserver_preload(["tests.support.groups.worker_group_rank", "tests.support.groups.in_place_group"])
 
 GRACE_S = 60.0
 STOPPED_S = 1.0  #: long enough for the other ranks to come to wait

@@ -1,0 +1,242 @@
+"""A training that outlives the loss of its processes: attempts that follow each other in memory, by generation.
+
+Each generation of the group is an attempt of its own: it claims the run before its first commit, so a member of an
+older one that was only cut off can commit nothing that counts. The first generation resumes from the storage as any
+attempt. Each later one takes the state from the rank that has done the most steps; the step that was interrupted is
+computed again from its beginning, and nothing that was applied is done twice.
+"""
+
+from __future__ import annotations
+
+import time
+import traceback
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from outlast.checkpointing import fault_injection as faults
+from outlast.checkpointing.checkpointer import Checkpointer
+from outlast.checkpointing.errors import OutlastError, StorageError
+from outlast.checkpointing.run_store.claims import list_attempts
+from outlast.checkpointing.run_store.events import EvalEvent, RegroupedEvent, StepEvent, parse_event
+from outlast.checkpointing.run_store.journal import read_events
+from outlast.checkpointing.storage.base import Storage
+from outlast.trainers.attempt import (
+    Assignment,
+    BuiltModel,
+    LoopOptions,
+    PreparedAttempt,
+    build,
+    claim_attempt,
+    make_loop,
+    prepare_attempt,
+)
+from outlast.trainers.distributed.determinism import make_deterministic
+from outlast.trainers.distributed.process_group import GenerationWorld, GroupConnections, connect, disconnect
+from outlast.trainers.loop.control import Control
+from outlast.trainers.loop.optimizer import make_optimizer
+from outlast.trainers.loop.rank_activity import StepPhase
+from outlast.trainers.loop.train_loop import Loop, Outcome
+from outlast.trainers.regrouping.membership import CONFIRM_S, Member, RegroupFailed, Seat
+from outlast.trainers.regrouping.peer_state import share_state
+from outlast.trainers.user_code import make_importable
+
+#: An error that is not of a collective is rarely the consequence of a loss.
+_CONFIRM_OWN_S = 0.1
+#: What the attempts of one training in memory declare alike, besides their settings.
+_DECLARED = ("num_threads", "static_graph", "base")
+
+
+@dataclass(frozen=True)
+class MemberControl:
+    """A `Control` that also tells the roster which step this process is at."""
+
+    inner: Control
+    member: Member
+
+    def stop_requested(self) -> bool:
+        return self.inner.stop_requested()
+
+    def save_requested(self) -> str | None:
+        return self.inner.save_requested()
+
+    def claimed(self, attempt: str) -> None:
+        self.inner.claimed(attempt)
+
+    def at(self, phase: StepPhase, step: int) -> None:
+        self.member.at_step(step)
+        self.inner.at(phase, step)
+
+    def worked(self, seconds: float) -> None:
+        self.inner.worked(seconds)
+
+    def progress(self, event: dict[str, Any]) -> None:
+        self.inner.progress(event)
+
+
+def run_in_place(
+    assignment: Assignment,
+    storage: Storage,
+    join: Callable[[], Member],
+    control: Control,
+    device: torch.device,
+    *,
+    is_spare: bool = False,
+    wait_s: float = 60.0,
+) -> Outcome:
+    """Train as a member of a group that regroups after losses, until the run ends.
+
+    Args:
+        assignment: The work.
+        storage: The storage root.
+        join: Joins the group; a spare does so when its model is built.
+        control: The connection to the environment.
+        device: Device of this process.
+        is_spare: Whether this process waits to replace another one.
+        wait_s: Longest time without a group after a loss: beyond it, a restart of all is better.
+
+    Returns:
+        How the run ended; for a spare that was not needed, that it is done.
+
+    Raises:
+        RegroupFailed: The group cannot go on in memory.
+        OutlastError: As `run_attempt`.
+    """
+    built = _build_spare(assignment, storage, device) if is_spare else None
+    member = join()
+    watched, held, has_begun = MemberControl(control, member), None, False
+    try:
+        while (seat := member.take_seat(wait_s if has_begun else None)) is not None:
+            has_begun = True
+            connections = GroupConnections()
+            member.abort = connections.abort
+            try:
+                marks = {"seat": time.time()}
+                number = seat.generation.number
+                connect(connections, seat.store, number, seat.rank, seat.size)
+                world = GenerationWorld(connections, device)
+                marks["group"] = time.time()
+                if number:
+                    held = _regroup(assignment, storage, world, watched, seat, held, built, marks | _noticed(member))
+                else:
+                    held = prepare_attempt(assignment, storage, world, watched, may_regroup=True)
+                outcome = Outcome.SUPERSEDED if held is None else held.train()
+                member.finish()
+                return outcome
+            except Exception as error:  # raised again unless the generation has ended
+                if not _is_of_loss(error, member, seat):
+                    if held is not None:
+                        held.record_error(error)
+                    raise
+                connections.abort()
+                if held is not None:
+                    held.loop.checkpointer.abandon()
+                    held.loop.drop_step()
+                    built = held.built
+            disconnect()
+            member.abort = lambda: None
+        return Outcome.DONE
+    finally:
+        member.leave()
+
+
+def _noticed(member: Member) -> dict[str, float]:
+    return {"noticed": member.noticed_at} if member.noticed_at else {}
+
+
+def _is_of_loss(error: Exception, member: Member, seat: Seat) -> bool:
+    """Return whether an error is the consequence of the end of the generation."""
+    if isinstance(error, RegroupFailed):
+        return False
+    if isinstance(error, OutlastError):
+        return member.has_ended(seat.generation.number) and not error.permanent
+    files = [frame.filename for frame in traceback.extract_tb(error.__traceback__)]
+    is_of_group = "gloo" in str(error) or any("torch/distributed" in name for name in files)
+    return member.has_ended(seat.generation.number, CONFIRM_S if is_of_group else _CONFIRM_OWN_S)
+
+
+def _build_spare(assignment: Assignment, storage: Storage, device: torch.device) -> BuiltModel:
+    """Build what a spare needs, all but the state."""
+    make_importable(assignment.code)
+    make_deterministic(assignment.config.deterministic, assignment.num_threads)
+    built = build(assignment, storage, fresh=False)
+    built.model.to(device)
+    return built
+
+
+def _regroup(
+    assignment: Assignment,
+    storage: Storage,
+    world: GenerationWorld,
+    control: Control,
+    seat: Seat,
+    held: PreparedAttempt | None,
+    built: BuiltModel | None,
+    marks: dict[str, float],
+) -> PreparedAttempt | None:
+    """Prepare the next attempt in memory; None if a later launch has claimed the run. Every rank calls it."""
+    loop = held.loop if held is not None else None
+    if not any(world.gather(loop is not None and loop.progress is not None)):
+        return prepare_attempt(assignment, storage, world, control, may_regroup=True)
+    if built is None:
+        built = _build_spare(assignment, storage, world.device)
+    faults.arm(assignment.faults, world.rank)
+    optimizer = loop.optimizer if loop is not None else make_optimizer(built.model, assignment.config.train)
+    progress, mine = (
+        (loop.progress, _state_of(loop)) if loop is not None and loop.progress is not None else (None, None)
+    )
+    source, state = share_state(world, built.model, optimizer, progress, mine)
+    marks["state"] = time.time()
+    checkpointer = claim_attempt(assignment, storage, world)
+    if checkpointer.superseded:
+        return None
+    control.claimed(str(checkpointer.attempt))
+    marks["claim"] = time.time()
+    checkpointer.files, checkpointer.naming = built.files, built.naming
+    checkpointer.declaration |= state["declared"]
+    checkpointer.continue_in_memory(state["step"])
+    make_deterministic(assignment.config.deterministic, state["declared"]["num_threads"])
+    options = LoopOptions(may_regroup=True, optimizer=optimizer)
+    prepared = make_loop(assignment, world, control, checkpointer, built, options)
+    recorded = _recorded(checkpointer, loop, state) if world.rank == 0 else set()
+    if checkpointer.journal is not None:
+        event = RegroupedEvent(
+            step=state["step"],
+            attempt=state["attempt"],
+            lost=seat.generation.lost,
+            source=source,
+            world_size=world.size,
+            noticed_at=marks.get("noticed"),
+            marks={name: round(at, 4) for name, at in marks.items()},
+        )
+        checkpointer.journal.write(event)
+        control.progress(event.to_json())
+    prepared.loop.load_in_memory(state, recorded)
+    return prepared
+
+
+def _state_of(loop: Loop) -> dict[str, Any]:
+    declared = {name: value for name, value in loop.checkpointer.declaration.items() if name in _DECLARED}
+    return {**loop.state_in_memory(), "declared": declared, "attempt": str(loop.checkpointer.attempt)}
+
+
+def _recorded(checkpointer: Checkpointer, before: Loop | None, state: dict[str, Any]) -> set[tuple[str, int]]:
+    """Return kind and step of the kept events that the journals of earlier attempts have, on rank 0."""
+    kept = {(str(event["event"]), int(event["step"])) for event in state["kept"]}
+    accepted = checkpointer.accepted
+    newest = accepted[0].ref if accepted else None
+    known = {item for item in kept if newest is not None and item[1] <= newest.step}
+    if before is not None and before.checkpointer.journal is not None:
+        with suppress(StorageError):
+            before.checkpointer.flush()
+        return known | {(event.kind, event.step) for event in before.kept_events}
+    store = checkpointer.store
+    for attempt in list_attempts(store):
+        if attempt < checkpointer.attempt and (newest is None or attempt >= newest.attempt):
+            for event in map(parse_event, read_events(store, store.attempt_dir(attempt))):
+                if isinstance(event, StepEvent | EvalEvent):
+                    known.add((event.kind, event.step))
+    return known

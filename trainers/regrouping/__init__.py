@@ -1,0 +1,1 @@
+"""How a training group goes on in memory when one of its members is lost."""

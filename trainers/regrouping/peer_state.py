@@ -1,0 +1,138 @@
+"""The state of a training group in memory: who holds the newest, and its copy to those who lack it.
+
+A step is a pure function, so two ranks that have done equally many steps hold the same bits, and a rank that has done
+one more is right: the others copy. Nothing is read from the storage. Weights and moments are sent in flat pieces.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from outlast.checkpointing.errors import OutlastError
+from outlast.checkpointing.state.loop_state import decode_state, encode_state
+from outlast.checkpointing.state.named_weights import carried_state
+from outlast.checkpointing.state.optimizer_groups import encode_optimizer, load_groups
+from outlast.checkpointing.state.optimizer_state import devices_of_state, load_optimizer, optimizer_tensors
+from outlast.trainers.distributed.world import World
+
+#: How far a rank's loop is: steps, entries of its history, and whether the newest step's end is done.
+Progress = tuple[int, int, int]
+_PIECE_BYTES = 32 * 2**20
+
+
+class NoStateError(OutlastError):
+    """Nobody in the group holds a state."""
+
+
+def newest_holder(progress: Sequence[Progress | None]) -> int:
+    """Return the rank that holds the newest state, the lowest of equals. Raises NoStateError if none holds any."""
+    held = [(item, -rank) for rank, item in enumerate(progress) if item is not None]
+    if not held:
+        raise NoStateError("no process that is left holds the training state")
+    return -max(held)[1]
+
+
+def share_state(
+    world: World,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    progress: Progress | None,
+    state: Mapping[str, Any] | None,
+) -> tuple[int, dict[str, Any]]:
+    """Bring every rank to the newest state that one of them holds. Every rank calls it.
+
+    Args:
+        world: This rank.
+        model: The unwrapped model, built alike on each rank, so that what is not trained is equal.
+        optimizer: Its optimizer.
+        progress: How far this rank is; None if it holds no state.
+        state: The rest of this rank's state; None if it holds none.
+
+    Returns:
+        The rank that held the newest state, and that state without the tensors.
+
+    Raises:
+        NoStateError: No rank holds a state, or rank 0 alone did, as of buffers that forward passes change.
+    """
+    if carried_state(model):
+        raise NoStateError("the model has buffers that only rank 0 keeps; they are in its checkpoints alone")
+    everyone = world.gather(progress)
+    source = newest_holder(everyone)
+    newest = everyone[source]
+    assert newest is not None
+    head: Any = None
+    if world.rank == source:
+        assert state is not None
+        moments = optimizer_tensors(model, optimizer)
+        specs = [(name, item.dtype, tuple(item.shape)) for name, item in moments.items()]
+        head = (encode_state(state), encode_optimizer(model, optimizer), specs)
+    text, described, specs = _broadcast(world, source, head)
+    holders = [item is not None and item[0] == newest[0] for item in everyone]
+    if not all(holders):
+        _share_tensors(world, model, optimizer, source, specs, is_holder=holders[world.rank])
+        if not holders[world.rank]:
+            load_groups(optimizer, described, "the state in memory")
+    return source, decode_state(text.encode(), "the state in memory")
+
+
+def _broadcast(world: World, source: int, item: Any) -> Any:
+    items = [item]
+    if world.group is not None:
+        dist.broadcast_object_list(items, src=source, group=world.group)
+    return items[0]
+
+
+def _share_tensors(
+    world: World,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    source: int,
+    specs: list[tuple[str, torch.dtype, tuple[int, ...]]],
+    *,
+    is_holder: bool,
+) -> None:
+    """Send the trained weights and the optimizer's state from `source`. Those who hold them get equal bits."""
+    weights = [parameter.detach() for parameter in model.parameters() if parameter.requires_grad]
+    devices = devices_of_state(model, optimizer, [name for name, *_ in specs])
+    moments = (
+        optimizer_tensors(model, optimizer)
+        if is_holder
+        else {name: torch.empty(shape, dtype=dtype, device=devices[name]) for name, dtype, shape in specs}
+    )
+    for piece in _pieces([*weights, *(moments[name] for name, *_ in specs)]):
+        _send_piece(world, piece, source)
+    if not is_holder:
+        load_optimizer(model, optimizer, moments)
+
+
+def _pieces(tensors: list[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
+    """Group tensors, in order, so that a group has `_PIECE_BYTES` or one tensor."""
+    piece: list[torch.Tensor] = []
+    for tensor in tensors:
+        if piece and sum(item.nbytes for item in piece) + tensor.nbytes > _PIECE_BYTES:
+            yield piece
+            piece = []
+        piece.append(tensor)
+    if piece:
+        yield piece
+
+
+@torch.no_grad()
+def _send_piece(world: World, piece: list[torch.Tensor], source: int) -> None:
+    num_bytes = sum(item.nbytes for item in piece)
+    if world.rank == source:
+        flat = torch.cat([item.contiguous().reshape(-1).view(torch.uint8).cpu() for item in piece])
+    else:
+        flat = torch.empty(num_bytes, dtype=torch.uint8)
+    dist.broadcast(flat, src=source, group=world.group)
+    if world.rank == source:
+        return
+    for item, part in zip(piece, torch.split(flat, [item.nbytes for item in piece]), strict=True):
+        if part.numel():
+            # A copy of its own: a view of another type needs an offset that is a multiple of its size.
+            item.copy_(part.clone().view(item.dtype).view(item.shape))
