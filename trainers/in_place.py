@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
 
 from outlast.checkpointing import fault_injection as faults
 from outlast.checkpointing.checkpointer import Checkpointer
@@ -34,6 +35,7 @@ from outlast.trainers.attempt import (
     make_loop,
     prepare_attempt,
 )
+from outlast.trainers.config.train import TrainSettings
 from outlast.trainers.distributed.determinism import make_deterministic
 from outlast.trainers.distributed.process_group import GenerationWorld, GroupConnections, connect, disconnect
 from outlast.trainers.loop.control import Control
@@ -164,7 +166,25 @@ def _build_spare(assignment: Assignment, storage: Storage, device: torch.device)
     make_deterministic(assignment.config.deterministic, assignment.num_threads)
     built = build(assignment, storage, fresh=False)
     built.model.to(device)
+    _rehearse(built, assignment.config.train, device)
     return built
+
+
+def _rehearse(built: BuiltModel, train: TrainSettings, device: torch.device) -> None:
+    """Run one pass and drop its result: the first pass of a process takes several times as long as the next ones."""
+    model, buffers = built.model, {name: buffer.clone() for name, buffer in built.model.named_buffers()}
+    batch = built.task.collate(built.data[0].take(range(1)), [0])
+    was_training = model.training
+    model.train()
+    built.task.loss_sum(model, {key: value.to(device) for key, value in batch.items()}).backward()  # type: ignore[no-untyped-call]
+    model.zero_grad(set_to_none=True)
+    model.train(was_training)
+    with torch.no_grad():
+        for name, buffer in model.named_buffers():
+            buffer.copy_(buffers[name])
+    layer = nn.Linear(2, 2, device=device)
+    layer(torch.ones(1, 2, device=device)).sum().backward()
+    make_optimizer(layer, train).step()
 
 
 def _regroup(

@@ -78,7 +78,7 @@ class Member:
         Returns None if training has ended before this process, a spare, was needed.
 
         Raises:
-            RegroupFailed: This process is no longer of the group, the roster is gone, or `within_s` seconds have passed.
+            RegroupFailed: This process is no longer of the group, the roster is gone, or `within_s` seconds are over.
         """
         deadline = None if within_s is None else time.monotonic() + within_s
         with self._changed:

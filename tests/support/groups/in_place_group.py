@@ -23,7 +23,7 @@ import torch.distributed as dist
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from outlast.checkpointing.errors import OutlastError
-from outlast.checkpointing.fault_injection import write_record
+from outlast.checkpointing.fault_injection import InjectedFault, write_record
 from outlast.checkpointing.storage.base import Storage
 from outlast.checkpointing.storage.factory import open_storage
 from outlast.trainers.attempt import Assignment
@@ -68,17 +68,23 @@ class Place(Enum):
 
 @dataclass(frozen=True)
 class Strike:
-    """A signal to the process that first comes to a place of a step as a rank. `record` shows that it was struck."""
+    """What befalls the process that first comes to a place of a step as a rank. `record` shows that it did.
+
+    Without a signal it is an exception.
+    """
 
     place: Place
     step: int  #: steps done
     rank: int
     record: str
-    signal: signal.Signals = signal.SIGKILL
+    signal: signal.Signals | None = signal.SIGKILL
 
     def here(self) -> None:
-        if write_record(self.record, {"rank": self.rank}):
-            os.kill(os.getpid(), self.signal)
+        if not write_record(self.record, {"rank": self.rank}):
+            return
+        if self.signal is None:
+            raise InjectedFault("struck")
+        os.kill(os.getpid(), self.signal)
 
 
 @dataclass
@@ -123,10 +129,10 @@ class InPlaceGroup:
     pipes: list[Any]
     server: RosterServer
 
-    def ended(self, limit_s: float = LIMIT_S) -> list[Ended | None]:
-        """How each process ended; None for one that has not, after all others have."""
+    def ended(self, limit_s: float = LIMIT_S, *, is_left: bool = False) -> list[Ended | None]:
+        """How each process ended; None for one that has not, such as the one that is left stopped."""
         deadline = time.monotonic() + limit_s
-        while time.monotonic() < deadline and any(process.is_alive() for process in self.processes):
+        while time.monotonic() < deadline and sum(process.is_alive() for process in self.processes) > is_left:
             time.sleep(0.02)
         return [self._end(process, pipe) for process, pipe in zip(self.processes, self.pipes, strict=True)]
 
@@ -204,6 +210,8 @@ def _work(
         answer = Ended(0, outcome=outcome)
     except OutlastError as error:
         answer = Ended(0, error=error)
+    except InjectedFault:
+        answer = Ended(1)
     with contextlib.suppress(OSError):
         pipe.send(answer)
     for thread in threading.enumerate():
