@@ -3,6 +3,7 @@
 from typing import Any
 
 import torch
+from torch.distributed import distributed_c10d
 from torch.distributed.tensor._utils import (
     compute_local_shape_and_global_offset as compute_local_shape_and_global_offset,
 )
@@ -23,3 +24,8 @@ def limit_recompiles(num_shapes: int) -> None:
     dynamo.fail_on_recompile_limit_hit = True
     if torch.are_deterministic_algorithms_enabled() and hasattr(inductor, "deterministic"):
         inductor.deterministic = True  # no choice of kernels by the clock
+
+
+def restart_group_names() -> None:
+    """Number process groups from zero again, as other processes do; a group that failed to connect was counted."""
+    distributed_c10d._world.group_count = 0

@@ -19,10 +19,10 @@ import transformers
 from torch import nn
 
 from outlast.checkpointing import fault_injection as faults
-from outlast.checkpointing.checkpointer import Checkpointer
 from outlast.checkpointing.errors import StorageError
 from outlast.checkpointing.format.layout import RECORD
 from outlast.checkpointing.redaction import redact
+from outlast.checkpointing.regrouping_checkpointer import RegroupingCheckpointer
 from outlast.checkpointing.run_store.events import AttemptErrorEvent
 from outlast.checkpointing.run_store.store import RunStore
 from outlast.checkpointing.state.named_weights import WeightNaming
@@ -137,11 +137,13 @@ class PreparedAttempt:
     """An attempt that has claimed the run and is ready to train.
 
     Attributes:
+        checkpointer: Holds the claim.
         loop: Its loop.
         tracking: Its trackers.
         built: Its model.
     """
 
+    checkpointer: RegroupingCheckpointer
     loop: Loop
     tracking: Tracking
     built: BuiltModel
@@ -150,13 +152,13 @@ class PreparedAttempt:
         """Train. Raises as `Loop.run`."""
         with self.tracking:
             outcome = self.loop.run()
-            self.loop.checkpointer.flush()
+            self.checkpointer.flush()
         return outcome
 
     def record_error(self, error: BaseException) -> None:
         """Write the error that ends the attempt to the journal."""
         error.add_note(f"after step {self.loop.step}")
-        checkpointer = self.loop.checkpointer
+        checkpointer = self.checkpointer
         with suppress(StorageError):  # the first error is the one to report
             if checkpointer.journal is not None:
                 message = redact(f"{type(error).__name__}: {error}")[:500]
@@ -223,7 +225,7 @@ def make_loop(
     assignment: Assignment,
     world: World,
     control: Control,
-    checkpointer: Checkpointer,
+    checkpointer: RegroupingCheckpointer,
     built: BuiltModel,
     options: LoopOptions,
 ) -> PreparedAttempt:
@@ -243,17 +245,17 @@ def make_loop(
         may_regroup=options.may_regroup,
         optimizer=options.optimizer,
     )
-    return PreparedAttempt(loop, tracking, built)
+    return PreparedAttempt(checkpointer, loop, tracking, built)
 
 
-def claim_attempt(assignment: Assignment, storage: Storage, world: World) -> Checkpointer:
+def claim_attempt(assignment: Assignment, storage: Storage, world: World) -> RegroupingCheckpointer:
     """Claim the run once its storage answers; the claim lists the workers."""
     config = assignment.config
     process = {"rank": world.rank, "host": socket.gethostname(), "node": world.node, "pid": os.getpid()}
     workers = world.gather({**process, "log": world.log, "oom_kills": num_oom_kills(), **host_facts(world.device)})
     store = RunStore(storage, config.name)
     world.run_on_rank_0(lambda: wait_until_responsive(storage, store.attempts_dir))
-    return Checkpointer(
+    return RegroupingCheckpointer(
         storage,
         config.name,
         ranks=world,

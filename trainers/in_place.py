@@ -109,44 +109,60 @@ def run_in_place(
     """
     built = _build_spare(assignment, storage, device) if is_spare else None
     member = join()
-    watched, held, has_begun = MemberControl(control, member), None, False
+    training = _Training(assignment, storage, MemberControl(control, member), member, device, built)
     try:
-        while (seat := member.take_seat(wait_s if has_begun else None)) is not None:
-            has_begun = True
-            connections = GroupConnections()
-            member.abort = connections.abort
-            try:
-                marks = {"seat": time.time()}
-                number = seat.generation.number
-                connect(connections, seat.store, number, seat.rank, seat.size)
-                world = GenerationWorld(connections, device)
-                marks["group"] = time.time()
-                if number:
-                    held = _regroup(assignment, storage, world, watched, seat, held, built, marks | _noticed(member))
-                else:
-                    held = prepare_attempt(assignment, storage, world, watched, may_regroup=True)
-                outcome = Outcome.SUPERSEDED if held is None else held.train()
+        within_s = None
+        while (seat := member.take_seat(within_s)) is not None:
+            if (outcome := training.run(seat)) is not None:
                 member.finish()
                 return outcome
-            except Exception as error:  # raised again unless the generation has ended
-                if not _is_of_loss(error, member, seat):
-                    if held is not None:
-                        held.record_error(error)
-                    raise
-                connections.abort()
-                if held is not None:
-                    held.loop.checkpointer.abandon()
-                    held.loop.drop_step()
-                    built = held.built
-            disconnect()
-            member.abort = lambda: None
+            within_s = wait_s
         return Outcome.DONE
     finally:
         member.leave()
 
 
-def _noticed(member: Member) -> dict[str, float]:
-    return {"noticed": member.noticed_at} if member.noticed_at else {}
+@dataclass
+class _Training:
+    """This process' part in the training, and what it keeps from one generation to the next."""
+
+    assignment: Assignment
+    storage: Storage
+    control: Control
+    member: Member
+    device: torch.device
+    built: BuiltModel | None
+    held: PreparedAttempt | None = None
+
+    def run(self, seat: Seat) -> Outcome | None:
+        """Train as a member of one generation. Returns None if it has ended because a process was lost."""
+        connections, number = GroupConnections(), seat.generation.number
+        self.member.abort = connections.abort
+        try:
+            marks = {"noticed": self.member.noticed_at, "seat": time.time()}
+            connect(connections, seat.store, number, seat.rank, seat.size)
+            world = GenerationWorld(connections, self.device)
+            marks["group"] = time.time()
+            if number:
+                self.held = _regroup(
+                    self.assignment, self.storage, world, self.control, seat, self.held, self.built, marks
+                )
+            else:
+                self.held = prepare_attempt(self.assignment, self.storage, world, self.control, may_regroup=True)
+            return Outcome.SUPERSEDED if self.held is None else self.held.train()
+        except Exception as error:  # raised again unless the generation has ended
+            if not _is_of_loss(error, self.member, seat):
+                if self.held is not None:
+                    self.held.record_error(error)
+                raise
+            connections.abort()
+            if self.held is not None:
+                self.held.checkpointer.abandon()
+                self.held.loop.drop_step()
+                self.built = self.held.built
+        disconnect()
+        self.member.abort = lambda: None
+        return None
 
 
 def _is_of_loss(error: Exception, member: Member, seat: Seat) -> bool:
@@ -208,7 +224,8 @@ def _regroup(
     progress, mine = (
         (loop.progress, _state_of(loop)) if loop is not None and loop.progress is not None else (None, None)
     )
-    source, state = share_state(world, built.model, optimizer, progress, mine)
+    forget = loop.forget_state if loop is not None else lambda: None
+    source, state = share_state(world, built.model, optimizer, progress, mine, forget)
     marks["state"] = time.time()
     checkpointer = claim_attempt(assignment, storage, world)
     if checkpointer.superseded:

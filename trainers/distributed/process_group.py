@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 
 from outlast.checkpointing.state.rank_group import RankGroup
+from outlast.checkpointing.torch_internals import restart_group_names
 from outlast.trainers.distributed.world import World
 
 #: A member that dies while the groups connect is noticed by the roster; this bounds a wait that cannot be aborted.
@@ -109,3 +110,4 @@ def disconnect() -> None:
     """Leave the groups; all that is still waiting in them must have been aborted."""
     if dist.is_initialized():
         dist.destroy_process_group()
+    restart_group_names()

@@ -204,6 +204,10 @@ class Loop:
         """Drop what an interrupted step has begun."""
         self._train_step.drop()
 
+    def forget_state(self) -> None:
+        """Record that this rank holds no state, because its tensors are about to be overwritten."""
+        self._is_in_memory = False
+
     def load_in_memory(self, state: Mapping[str, Any], recorded: Collection[tuple[str, int]] = ()) -> None:
         """Take over `state_in_memory` of any rank, whose tensors are here already. `run` then goes on from there.
 

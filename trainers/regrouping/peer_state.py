@@ -6,7 +6,7 @@ one more is right: the others copy. Nothing is read from the storage. Weights an
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -43,6 +43,7 @@ def share_state(
     optimizer: torch.optim.Optimizer,
     progress: Progress | None,
     state: Mapping[str, Any] | None,
+    forget: Callable[[], None],
 ) -> tuple[int, dict[str, Any]]:
     """Bring every rank to the newest state that one of them holds. Every rank calls it.
 
@@ -52,6 +53,7 @@ def share_state(
         optimizer: Its optimizer.
         progress: How far this rank is; None if it holds no state.
         state: The rest of this rank's state; None if it holds none.
+        forget: Called before this rank's tensors are overwritten: if the source is lost meanwhile, they are a mixture.
 
     Returns:
         The rank that held the newest state, and that state without the tensors.
@@ -74,6 +76,8 @@ def share_state(
     text, described, specs = _broadcast(world, source, head)
     holders = [item is not None and item[0] == newest[0] for item in everyone]
     if not all(holders):
+        if not holders[world.rank]:
+            forget()
         _share_tensors(world, model, optimizer, source, specs, is_holder=holders[world.rank])
         if not holders[world.rank]:
             load_groups(optimizer, described, "the state in memory")

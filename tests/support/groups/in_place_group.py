@@ -26,10 +26,13 @@ from outlast.checkpointing.errors import OutlastError
 from outlast.checkpointing.fault_injection import InjectedFault, write_record
 from outlast.checkpointing.storage.base import Storage
 from outlast.checkpointing.storage.factory import open_storage
+from outlast.trainers import in_place
 from outlast.trainers.attempt import Assignment
+from outlast.trainers.distributed.world import World
 from outlast.trainers.in_place import run_in_place
 from outlast.trainers.loop.rank_activity import StepPhase
 from outlast.trainers.loop.train_loop import Outcome
+from outlast.trainers.regrouping import peer_state
 from outlast.trainers.regrouping.membership import Member
 from outlast.trainers.regrouping.roster import Roster
 from outlast.trainers.regrouping.roster_server import RosterServer
@@ -50,9 +53,12 @@ class Place(Enum):
     APPLIED = "after the optimizer step"
     EVALUATION = "evaluation"
     SAVE = "save"
+    REFORMING = "while re-forming"  #: as the second generation connects
+    COPYING = "while the state is copied"
 
     @property
-    def phase(self) -> StepPhase:
+    def phase(self) -> StepPhase | None:
+        """The phase of the step loop; None for places between two generations."""
         return {
             Place.DATA: StepPhase.DATA,
             Place.FORWARD: StepPhase.COMPUTE,
@@ -63,7 +69,7 @@ class Place(Enum):
             Place.APPLIED: StepPhase.UPDATE,
             Place.EVALUATION: StepPhase.EVALUATE,
             Place.SAVE: StepPhase.SAVE,
-        }[self]
+        }.get(self)
 
 
 @dataclass(frozen=True)
@@ -109,6 +115,28 @@ class Striking(Quiet):
                 strike.here()
 
 
+def _arm_regrouping(strikes: Sequence[Strike]) -> None:
+    """Arm the strikes at places between two generations."""
+    send_piece, connect = peer_state._send_piece, in_place.connect
+    for strike in strikes:
+        if strike.place is Place.COPYING:
+
+            def send(world: World, *rest: Any, strike: Strike = strike) -> None:
+                if world.rank == strike.rank:
+                    strike.here()
+                send_piece(world, *rest)
+
+            peer_state._send_piece = send
+        if strike.place is Place.REFORMING:
+
+            def form(connections: Any, store: Any, number: int, rank: int, size: int, strike: Strike = strike) -> None:
+                if (number, rank) == (1, strike.rank):
+                    strike.here()
+                connect(connections, store, number, rank, size)
+
+            in_place.connect = form
+
+
 def _strike_in(strike: Strike, *names: str) -> None:
     def struck(*_: object, **__: object) -> None:
         strike.here()
@@ -125,7 +153,7 @@ class InPlaceGroup:
         processes: Ranks of the first generation, then spares.
     """
 
-    processes: list[BaseProcess]
+    processes: Sequence[BaseProcess]
     pipes: list[Any]
     server: RosterServer
 
@@ -197,6 +225,7 @@ def _work(
     os.environ.update(environment)
     os.dup2(os.open(log, os.O_CREAT | os.O_WRONLY | os.O_TRUNC), 2)
     torch.set_num_threads(1)
+    _arm_regrouping(control.strikes if isinstance(control, Striking) else ())
     answer: Ended
     try:
         outcome: Outcome = run_in_place(
