@@ -28,6 +28,7 @@ from outlast.checkpointing.storage.base import Storage
 from outlast.checkpointing.storage.factory import open_storage
 from outlast.trainers import in_place
 from outlast.trainers.attempt import Assignment
+from outlast.trainers.distributed import process_group
 from outlast.trainers.distributed.world import World
 from outlast.trainers.in_place import run_in_place
 from outlast.trainers.loop.rank_activity import StepPhase
@@ -117,7 +118,7 @@ class Striking(Quiet):
 
 def _arm_regrouping(strikes: Sequence[Strike]) -> None:
     """Arm the strikes at places between two generations."""
-    send_piece, connect = peer_state._send_piece, in_place.connect
+    send_piece, connect = peer_state._send_piece, process_group.connect
     for strike in strikes:
         if strike.place is Place.COPYING:
 
@@ -126,7 +127,7 @@ def _arm_regrouping(strikes: Sequence[Strike]) -> None:
                     strike.here()
                 send_piece(world, *rest)
 
-            peer_state._send_piece = send
+            setattr(peer_state, "_send_piece", send)  # noqa: B010 - mypy refuses another signature
         if strike.place is Place.REFORMING:
 
             def form(connections: Any, store: Any, number: int, rank: int, size: int, strike: Strike = strike) -> None:
@@ -134,7 +135,7 @@ def _arm_regrouping(strikes: Sequence[Strike]) -> None:
                     strike.here()
                 connect(connections, store, number, rank, size)
 
-            in_place.connect = form
+            setattr(in_place, "connect", form)  # noqa: B010
 
 
 def _strike_in(strike: Strike, *names: str) -> None:
