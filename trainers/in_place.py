@@ -157,8 +157,8 @@ class _Training:
                 raise
             connections.abort()
             if self.held is not None:
-                self.held.checkpointer.abandon()
                 self.held.loop.drop_step()
+                self.held.checkpointer.abandon()
                 self.built = self.held.built
         disconnect()
         self.member.abort = lambda: None
@@ -226,6 +226,7 @@ def _regroup(
     )
     forget = loop.forget_state if loop is not None else lambda: None
     source, state = share_state(world, built.model, optimizer, progress, mine, forget)
+    world.has_equal_weights = all(parameter.requires_grad for parameter in built.model.parameters())
     marks["state"] = time.time()
     checkpointer = claim_attempt(assignment, storage, world)
     if checkpointer.superseded:

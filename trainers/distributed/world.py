@@ -30,6 +30,7 @@ class World(RankGroup):
         device: Device of this rank.
         node: Name of the machine in the cluster.
         log: Path of this rank's stderr, if it is kept.
+        has_equal_weights: Whether all ranks are known to hold equal weights, so that DDP need not send them.
         marks: Start-up timings: when this process reached each stage before the first step, in seconds since the epoch.
     """
 
@@ -41,7 +42,7 @@ class World(RankGroup):
         marks: Mapping[str, float] = MappingProxyType({}),
     ) -> None:
         super().__init__()
-        self.node, self.log = node, log
+        self.node, self.log, self.has_equal_weights = node, log, False
         self.device = device or torch.device("cpu")
         self.marks = dict(marks)
 
@@ -103,6 +104,7 @@ class World(RankGroup):
             broadcast_buffers=bool(carried_state(model)),  # checkpoints hold rank 0's buffers
             find_unused_parameters=not static_graph,
             gradient_as_bucket_view=True,  # avoids copying the sum back
+            init_sync=not self.has_equal_weights,
         )
         is_ordered = exactness is Exactness.SAME_WORLD and self.size > 2
         hook = rank_order_hook if is_ordered else any_order_hook

@@ -48,6 +48,15 @@ class SaveTimer:
         self._saved_at = time.monotonic()
         self._ignores_next = urgent
 
+    @property
+    def waited_s(self) -> float:
+        """Seconds since the last save began, or since the start."""
+        return time.monotonic() - self._saved_at
+
+    def continue_after(self, waited_s: float) -> None:
+        """Continue another rank's clock."""
+        self._saved_at = time.monotonic() - waited_s
+
     def first_step_done(self) -> None:
         """Record how long the start took."""
         if self._every.unit is IntervalUnit.AUTO:
@@ -61,8 +70,7 @@ class SaveTimer:
             if not self._ignores_next:
                 with suppress(StorageError):
                     self._update_costs()
-        waited_s = time.monotonic() - self._saved_at
-        return self._every.due_at_time(waited_s, self._costs) and not self._checkpointer.is_busy
+        return self._every.due_at_time(self.waited_s, self._costs) and not self._checkpointer.is_busy
 
     def _update_costs(self) -> None:
         """Update the interval, and write it with its inputs to the journal if it changed by a tenth."""

@@ -106,6 +106,7 @@ class Loop:
         self._static_graph = static_graph
         self.step = 0
         self._is_in_memory = self._lacks_first_evaluation = False
+        self._owes_save = False  # one was in flight when a rank was lost
         self._unfinished: StepRequests | None = None  # of the newest step, until its end is done
         self.metrics: dict[str, float] = {}
         self.plan = make_plan(config, len(train_data), world.size)
@@ -197,11 +198,14 @@ class Loop:
             "unfinished": None if agreed is None else [agreed.stop, agreed.save.value, agreed.trouble],
             "lacks_first_evaluation": self._lacks_first_evaluation,
             "static_graph": self._static_graph,
+            "owes_save": self._owes_save,
+            "waited_s": self._save_timer.waited_s,
             "kept": [event.to_json() for event in self._log.kept],
         }
 
     def drop_step(self) -> None:
-        """Drop what an interrupted step has begun."""
+        """Drop what an interrupted step has begun, and a save in flight, which is then begun again later."""
+        self._owes_save |= self.checkpointer.is_busy or self.checkpointer.has_failed_or_superseded
         self._train_step.drop()
 
     def forget_state(self) -> None:
@@ -222,7 +226,8 @@ class Loop:
         # The save in flight is dropped, so there is none to wait for.
         self._unfinished = None if agreed is None else StepRequests(agreed[0], PlannedSave(agreed[1]), trouble=False)
         self._lacks_first_evaluation = state["lacks_first_evaluation"]
-        self._static_graph = state["static_graph"]
+        self._static_graph, self._owes_save = state["static_graph"], state["owes_save"]
+        self._save_timer.continue_after(state["waited_s"])
         self._is_in_memory = True
         for event in map(events.parse_event, state["kept"]):
             assert isinstance(event, events.StepEvent | events.EvalEvent)
@@ -251,7 +256,7 @@ class Loop:
         if reason := self.control.save_requested():
             self._log.write(events.SaveRequestedEvent(step=self.step + 1, reason=reason))
             return PlannedSave.URGENT
-        return PlannedSave.DUE if self._save_timer.is_due() else PlannedSave.NO
+        return PlannedSave.DUE if self._owes_save or self._save_timer.is_due() else PlannedSave.NO
 
     def _first_step_done(self) -> None:
         """Reserve the memory that saves will need, now that the optimizer has its state."""
@@ -340,6 +345,7 @@ class Loop:
         files = {"trainer_state.json": self._trainer_state()}
         method = checkpointer.save if urgent or not self.config.checkpoint.overlap else checkpointer.async_save
         self._save_timer.saved(urgent=urgent)
+        self._owes_save = False
 
         def save() -> bool:
             return method(self.step, self.model, self._train_step.optimizer, state, metrics=metrics, files=files)

@@ -22,7 +22,7 @@ from outlast.trainers.distributed.world import World
 
 #: How far a rank's loop is: steps, entries of its history, and whether the newest step's end is done.
 Progress = tuple[int, int, int]
-_PIECE_BYTES = 32 * 2**20
+_PIECE_BYTES, _LARGE_BYTES = 4 * 2**20, 2**18
 
 
 class NoStateError(OutlastError):
@@ -115,28 +115,43 @@ def _share_tensors(
 
 
 def _pieces(tensors: list[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
-    """Group tensors, in order, so that a group has `_PIECE_BYTES` or one tensor."""
+    """Group tensors, in order: a large one is sent alone, small ones together."""
     piece: list[torch.Tensor] = []
     for tensor in tensors:
-        if piece and sum(item.nbytes for item in piece) + tensor.nbytes > _PIECE_BYTES:
+        if _is_alone(tensor):
+            yield [tensor]
+            continue
+        piece.append(tensor)
+        if sum(item.nbytes for item in piece) >= _PIECE_BYTES:
             yield piece
             piece = []
-        piece.append(tensor)
     if piece:
         yield piece
 
 
+def _is_alone(tensor: torch.Tensor) -> bool:
+    """Return whether a tensor is sent from its own memory into that of the others; equal on all ranks."""
+    return tensor.nbytes >= _LARGE_BYTES and tensor.device.type == "cpu"
+
+
 @torch.no_grad()
 def _send_piece(world: World, piece: list[torch.Tensor], source: int) -> None:
-    num_bytes = sum(item.nbytes for item in piece)
-    if world.rank == source:
+    first, is_source = piece[0], world.rank == source
+    if _is_alone(first):
+        flat = first if first.is_contiguous() else first.contiguous()
+        dist.broadcast(flat.view(torch.uint8), src=source, group=world.group)
+        if flat is not first and not is_source:
+            first.copy_(flat)
+        return
+    sizes = [item.nbytes for item in piece]
+    if is_source:
         flat = torch.cat([item.contiguous().reshape(-1).view(torch.uint8).cpu() for item in piece])
     else:
-        flat = torch.empty(num_bytes, dtype=torch.uint8)
+        flat = torch.empty(sum(sizes), dtype=torch.uint8)
     dist.broadcast(flat, src=source, group=world.group)
-    if world.rank == source:
+    if is_source:
         return
-    for item, part in zip(piece, torch.split(flat, [item.nbytes for item in piece]), strict=True):
+    for item, part in zip(piece, torch.split(flat, sizes), strict=True):
         if part.numel():
             # A copy of its own: a view of another type needs an offset that is a multiple of its size.
             item.copy_(part.clone().view(item.dtype).view(item.shape))

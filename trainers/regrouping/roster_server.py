@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import secrets
+import socket
 import threading
 import time
 from collections.abc import Mapping
@@ -42,7 +43,17 @@ class RosterServer:
 
     def __init__(self, roster: Roster, host: str = "127.0.0.1", silence_s: float = SILENCE_S) -> None:
         self._roster, self._silence_s = roster, silence_s
-        self._store = TCPStore(host, 0, None, True, timeout=timedelta(seconds=60), wait_for_workers=False)
+        listening = socket.create_server((host, 0))  # torch's own socket listens on every interface
+        port = listening.getsockname()[1]
+        self._store = TCPStore(
+            host,
+            port,
+            None,
+            True,
+            timeout=timedelta(seconds=60),
+            wait_for_workers=False,
+            master_listen_fd=listening.detach(),
+        )
         self.key = secrets.token_bytes(32)
         self._listener = Listener((host, 0), family="AF_INET", backlog=64)
         self.address = (str(self._listener.address[0]), int(self._listener.address[1]))
