@@ -8,6 +8,7 @@ and secrets are named, not read. Only the run's name and its storage's mount pat
 import copy
 import json
 import re
+import shlex
 from collections.abc import Mapping
 from importlib.resources import files
 from typing import Any
@@ -16,6 +17,7 @@ import yaml
 
 from outlast.checkpointing.errors import ConfigError
 from outlast.cluster.config.run_config import RunConfig
+from outlast.cluster.config.run_reference import RESUME_VARIABLE
 from outlast.cluster.kubernetes.accessors import mapping
 from outlast.cluster.kubernetes.egress import egress_ports, egress_warnings
 from outlast.cluster.kubernetes.ownership import RUN_LABEL, RunIdentity, identity_of
@@ -187,6 +189,9 @@ def _ray_job(config: RunConfig, settings: K8sSettings, name: str, claim: str, mo
     _set_resources(head["spec"], settings.head_cpus, settings.head_memory, 0)
     _set_resources(worker["spec"], _worker_cpus(config, settings), settings.worker_memory, gpus)
     head["spec"]["volumes"][0]["configMap"]["name"] = name
+    head["spec"]["containers"][0]["env"].append(
+        {"name": RESUME_VARIABLE, "value": shlex.join(["outlast", "k8s", "resume", config.name])}
+    )
     for pod, announced_s in ((head, settings.grace_s - DRAIN_BEFORE_GRACE_S), (worker, settings.announced_s)):
         _configure_ray_pod(pod["spec"], settings, claim, mount, announced_s)
     cluster["workerGroupSpecs"] = _worker_groups(group, config, settings)
