@@ -19,8 +19,8 @@ _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://(.*)", re.DOTALL)
 _HALF_A_URL = re.compile(
     r"(file|s3|gs|gcs|hdfs|abfss?|https?):(/?)(.*)|(\w{2,}):(/)(?!/)(.*)", re.IGNORECASE | re.DOTALL
 )
-#: A variable that only another machine has.
-_UNEXPANDED = re.compile(r"\$\{env:[A-Za-z_]\w*\}")
+#: A variable in a run file, unexpanded where only another machine has it.
+ENV_VARIABLE = re.compile(r"\$\{env:([A-Za-z_][A-Za-z0-9_]*)\}")
 _BUCKET_SCHEMES = ("s3", "gs", "gcs")
 _AZURE_SCHEMES = ("abfs", "abfss")
 #: Schemes of pyarrow.fs; `mock` is its file system in memory.
@@ -116,7 +116,7 @@ def _store_url(scheme: str, rest: str) -> str:
         raise ConfigError(f"{scheme}:// is not a kind of storage that outlast reads", hint=hint)
     example = "s3://bucket/prefix" if scheme not in _AZURE_SCHEMES else "abfs://container@account.dfs.core.windows.net/"
     try:
-        parts = urlsplit(f"{scheme}://{_UNEXPANDED.sub('1', rest)}")  # which may be a host, a bucket or a port
+        parts = urlsplit(f"{scheme}://{ENV_VARIABLE.sub('1', rest)}")  # which may be a host, a bucket or a port
         options = parse_qs(parts.query)
         servers = [_server(item) for key in _ENDPOINTS for item in options.get(key, [])]
         if any(server.port == 0 for server in servers):  # reading an invalid port raises too

@@ -94,7 +94,7 @@ class JobServer(JobSubmissionClient):  # type: ignore[misc]
     """A connection to a job server, which has answered once.
 
     Raises:
-        ConfigError: The address is none, or what was sent is too large.
+        ConfigError: It is not the address of a job server, or what was sent is too large.
         JobServerUnavailable: It does not answer, or is no job server.
         PreflightError: It requires a token, or refuses what was sent.
     """

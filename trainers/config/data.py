@@ -180,7 +180,7 @@ class DataSettings(Settings):
     @field_validator("train", "eval")
     @classmethod
     def _are_locations(cls, value: str | list[str] | None) -> str | list[str] | None:
-        for place in value if isinstance(value, list) else [value or "none"]:
+        for place in value if isinstance(value, list) else filter(None, [value]):
             parse_location(place)
         return value
 

@@ -11,8 +11,8 @@ from typer.testing import CliRunner
 
 from outlast.checkpointing.errors import ConfigError
 from outlast.cluster.cli.main import app
-from outlast.cluster.kubernetes.lint.api_rules import quantity_value
 from outlast.cluster.kubernetes.lint.linter import lint
+from outlast.cluster.kubernetes.quantity import quantity_value
 from outlast.cluster.kubernetes.settings import is_schedule
 from outlast.cluster.preflight.finding import Level
 from tests.cluster.kubernetes.test_lint import HEAD, WORKER_POD, WORKERS, found_at

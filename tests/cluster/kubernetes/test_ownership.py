@@ -23,14 +23,6 @@ from tests.support.kubernetes.api_server import Api
 from tests.support.kubernetes.manifests import RELEASE, Objects, read_run, rendered
 
 RUN_LABEL = "outlast/run"
-PLURALS = {
-    "RayJob": "rayjobs",
-    "NetworkPolicy": "networkpolicies",
-    "PodDisruptionBudget": "poddisruptionbudgets",
-    "ConfigMap": "configmaps",
-    "ServiceAccount": "serviceaccounts",
-    "PersistentVolumeClaim": "persistentvolumeclaims",
-}
 
 
 def outlast(*arguments: str, given: str = "") -> Result:
