@@ -4,6 +4,7 @@ A thin layer without state: `render.py` builds the objects, `rayjob_successor.py
 successor, `ownership.py` decides which objects are a run's, KubeRay does the rest. Nothing else may be touched.
 """
 
+import json
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -220,12 +221,19 @@ class KubernetesNamespace:
                 yield f"{object_name(item)} deleted"
 
     def _check_target(self, item: Mapping[str, Any]) -> None:
-        """Raise ConfigError if an object has no name, or another namespace than was asked for."""
+        """Raise ConfigError if an object has no name, another namespace than was asked for, or what JSON has not."""
         if not mapping(item, "metadata").get("name"):
             raise ConfigError(
                 f"an object of kind {item['kind']} has no metadata.name, which apply needs",
                 hint="give it a name; generateName is for `kubectl create`",
             )
+        try:
+            json.dumps(item, default=lambda value: value.isoformat(), allow_nan=False)  # YAML has dates
+        except (TypeError, ValueError, AttributeError, RecursionError) as error:
+            raise ConfigError(
+                f"{object_name(item)} cannot be sent as JSON: it has a binary value, a set, NaN, or contains itself",
+                hint="write binary data as base64 text",
+            ) from error
         target = mapping(item, "metadata").get("namespace")
         if self._given_namespace and target and target != self._given_namespace:
             raise ConfigError(

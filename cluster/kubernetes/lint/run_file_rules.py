@@ -98,5 +98,6 @@ def _cpus(group: Mapping[str, Any]) -> int | None:
         mapping(resources, "requests").get("cpu"),
     ):
         if match := re.fullmatch(r"(\d+(?:\.\d+)?)(m?)", str(value)):
-            return math.ceil(float(match[1]) / (1000 if match[2] else 1))
+            cpus = float(match[1]) / (1000 if match[2] else 1)
+            return math.ceil(cpus) if math.isfinite(cpus) else None
     return None
