@@ -81,7 +81,7 @@ def server_url(address: str) -> str:
     if parts.scheme not in ("http", "https") or not host or any(map(str.isspace, text)):
         raise _not_an_address(address, "expected http://HOST:PORT, https://HOST or HOST:PORT")
     default = "" if has_scheme or port is not None else f":{DASHBOARD_PORT}"
-    return f"{parts.scheme}://{parts.netloc}{default}{parts.path}".rstrip("/")
+    return f"{parts.scheme}://{parts.netloc.removesuffix(':')}{default}{parts.path}".rstrip("/")
 
 
 def _not_an_address(address: str, reason: str, host: str = "HEAD") -> ConfigError:

@@ -24,6 +24,14 @@ class ObjectNotFound(PreflightError):
     """The object or the namespace does not exist."""
 
 
+class KindUnknown(PreflightError):
+    """The cluster has no such kind of object: its operator is not installed."""
+
+
+class AccessForbidden(PreflightError):
+    """The credentials may not do this."""
+
+
 class ObjectChanged(ConfigError):
     """Another object or field manager is in the way; `delete` meets it if an object was replaced."""
 
@@ -52,7 +60,7 @@ def api_errors(name: str = "", namespace: str = "") -> Iterator[None]:
     try:
         yield
     except ResourceNotFoundError as error:
-        raise PreflightError(
+        raise KindUnknown(
             f"the cluster has no such kind of object: {first_line(error)}",
             hint="install KubeRay 1.7 (or the operator that defines the kind); see k8s/README.md",
         ) from error
@@ -164,7 +172,7 @@ _RULES: tuple[tuple[Callable[[Refusal], bool], type[OutlastError], str], ...] = 
     (_has(400, 413, 415, 422), ConfigError, "outlast k8s lint FILE"),
     (
         _has(403),
-        PreflightError,
+        AccessForbidden,
         "kubectl auth can-i --list --namespace {namespace} shows your permissions",
     ),
     (_has(429, 503, 504), PreflightError, "the API server is overloaded or not ready; try again in a moment"),

@@ -30,6 +30,9 @@ def configure(settings: Any, context: str | None) -> str:
         with _logged_errors() as errors:
             config.load_kube_config(config_file=file, context=context, client_configuration=settings)
         contexts, current = config.list_kube_config_contexts(file)
+    except (TypeError, AttributeError, KeyError, UnicodeDecodeError) as error:  # the client trusts the file's types
+        hint = "`kubectl config view` reads the same file"
+        raise PreflightError(f"the kubeconfig {file} is malformed: {first_line(error)}", hint=hint) from error
     except (config.ConfigException, OSError) as error:
         hint = "set KUBECONFIG, or give --context"
         raise PreflightError(f"no cluster is configured: {first_line(error)}", hint=hint) from error

@@ -8,7 +8,6 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ import pyarrow.parquet as pq
 import pytest
 from transformers import AutoTokenizer
 
-from outlast.checkpointing.errors import ConfigError, DamagedError
+from outlast.checkpointing.errors import ConfigError
 from outlast.checkpointing.storage.local import LocalStorage
 from outlast.trainers.config.training_config import TrainingConfig
 from outlast.trainers.data.arrow_samples import ROWS_PER_BATCH, Samples, write_samples
@@ -216,14 +215,6 @@ def test_packing_loses_nothing_but_the_tail(tmp_path: Path, storage: LocalStorag
         assert prepared.num_dropped_tokens[split] == len(expected) - packed.size < 16
         assert prepared.num_rows[split] == len(DOCUMENTS)
     assert prepared.num_samples == prepared.num_eval_samples == len(expected) // 16
-
-
-def test_prepared_data_without_its_tokenizer_is_damaged(tmp_path: Path, storage: LocalStorage) -> None:
-    write_txt(tmp_path / "train.txt", DOCUMENTS)
-    prepared = prepare(config_of(storage, tmp_path / "train.txt", eval="20%"), storage)
-    kept = tuple(entry for entry in prepared.files if not entry.path.endswith("tokenizer.json"))
-    with pytest.raises(DamagedError, match=f"{prepared.directory}/tokenizer'"):
-        replace(prepared, files=kept).tokenizer(storage)
 
 
 def test_rows_of_any_number_over_several_batches(tmp_path: Path, storage: LocalStorage) -> None:
