@@ -41,7 +41,7 @@ def submit(
     ship: Ship = True,
     dry_run: Annotated[bool, Option("--dry-run", help="Only list which files are sent, and which stay.")] = False,
 ) -> None:
-    """Submit the run to a Ray cluster, or attach to its live job. Prints the job's id.
+    """Submit the run to a Ray cluster, or attach to its live job. Prints the job's id, unless on a terminal.
 
     With --follow or --supervise the exit code is the run's. Of --code, files are left out that `.gitignore` or
     `.outlastignore` names, that hold credentials by their name, or that a link outside the folder leads to; so are
