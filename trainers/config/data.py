@@ -194,6 +194,13 @@ class DataSettings(Settings):
             raise ValueError(f"{', '.join(repeated)} is there more than once")
         return names
 
+    @field_validator("chat_template")
+    @classmethod
+    def _is_jinja(cls, value: str | None) -> str | None:
+        if value is not None and "{" not in value:  # a constant, which shows no message
+            raise ValueError(f"{value!r} is not a Jinja template: write its text, not a file or a template's name")
+        return value
+
     @field_validator("template_arguments")
     @classmethod
     def _are_the_templates_own(cls, value: dict[str, Any]) -> dict[str, Any]:
