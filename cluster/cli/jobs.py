@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 import sys
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -137,9 +138,14 @@ def _submit(
 
         text = "following its log, which begins when the cluster has set the job up; Ctrl-C leaves the run running"
         print_line(text, to_stderr=True)
-        with live_panel(config.store, terminal()):
-            ended = follow_log(client, job.id)
-        raise Exit(ended.exit_code)
+        with suppress(KeyboardInterrupt):
+            with live_panel(config.store, terminal()):
+                ended = follow_log(client, job.id)
+            raise Exit(ended.exit_code)
+        chosen = f"{config.name} --address {client.get_address()}"
+        print_line(f"outlast: {job.id} goes on; to follow it: outlast logs {chosen} --follow", to_stderr=True)
+        print_line(f"  → to stop it: outlast stop {chosen}", to_stderr=True)
+        raise Exit(130)
 
 
 def _check(config: RunConfig, declared: dict[str, Any], code: Path | None, *, reads_storage: bool) -> None:
