@@ -201,6 +201,9 @@ def read_run_file(path: str) -> tuple[dict[str, Any], Lines]:
             hint = f"did you mean {candidates[near]}? `outlast init` writes a new one"
         reason = error.strerror if isinstance(error, OSError) else error
         raise ConfigError(f"run file {path} cannot be read: {reason}", hint=hint) from error
+    if _KUBERNETES_OBJECT.search(text):
+        hint = "give the run's name where a command takes one, or the run file that was rendered"
+        raise ConfigError(f"{path} is no run file: it holds objects of Kubernetes", hint=hint)
     try:
         body, lines = yaml.load(text, _UniqueKeyLoader), dict(_yaml_lines(yaml.compose(text, yaml.SafeLoader)))
     except yaml.YAMLError as error:
@@ -213,6 +216,10 @@ def read_run_file(path: str) -> tuple[dict[str, Any], Lines]:
         hint = "begin with `name: my-run`, or let `outlast init` write one"
         raise SettingsError(f"run file {path} holds no settings", hint=hint, findings=found)
     return body, lines
+
+
+#: The first two lines of what `outlast k8s render` and `kubectl` print.
+_KUBERNETES_OBJECT = re.compile(r"^apiVersion: .*\nkind: ", re.MULTILINE)
 
 
 class _UniqueKeyLoader(yaml.SafeLoader):

@@ -287,7 +287,7 @@ def test_no_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_no_configuration(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("KUBECONFIG", str(tmp_path / "nowhere"))
     monkeypatch.setenv("HOME", str(tmp_path))
-    with pytest.raises(PreflightError, match="no cluster is configured"):
+    with pytest.raises(PreflightError, match=r"no cluster is configured: there is no file .*/nowhere"):
         KubernetesNamespace()
 
 
