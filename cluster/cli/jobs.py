@@ -89,7 +89,9 @@ def _supervise(
     settings: list[tuple[RunConfig, dict[str, Any]]], address: str | None, code: Path | None, ship: bool
 ) -> None:
     from outlast.cluster.jobs import supervisor
+    from outlast.cluster.jobs.ray_jobs import given_address
 
+    given_address(address)
     for config, declared in settings:
         _check(config, declared, code, reads_storage=True)
     _warn(code, address)
@@ -122,6 +124,7 @@ def _submit(
 ) -> None:
     from outlast.cluster.jobs import ray_jobs as jobs
 
+    jobs.given_address(address)  # without one, other advice would be about a cluster that is not meant
     _check(config, declared, code, reads_storage=follow)
     _warn(code, address)
     client = jobs.connect(address)

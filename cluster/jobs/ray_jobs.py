@@ -68,6 +68,11 @@ class SubmittedJob:
 
 def connect(address: str | None) -> JobServer:
     """Connect to the job server at `address` or RAY_API_SERVER_ADDRESS (`http://head:8265`). Raises as JobServer."""
+    return JobServer(given_address(address))
+
+
+def given_address(address: str | None) -> str:
+    """Return the address of the job server, which may be in RAY_API_SERVER_ADDRESS. Raises PreflightError if not."""
     server = address or os.environ.get("RAY_API_SERVER_ADDRESS")
     if not server:
         raise PreflightError(
@@ -75,7 +80,7 @@ def connect(address: str | None) -> JobServer:
             hint="give --address http://HEAD:8265, or set RAY_API_SERVER_ADDRESS; a run on this machine only has no "
             "job: `outlast train RUN.yaml` resumes it, and Ctrl-C stops it",
         )
-    return JobServer(server)
+    return server
 
 
 def check_server(address: str) -> list[Finding]:
