@@ -194,21 +194,25 @@ def _warn(code: Path | None, address: str | None) -> None:
 def list_(address: Address = None, storage: StorageRoot = "./runs", as_json: AsJson = False) -> None:
     """List the runs in --storage, or with --address a cluster's submissions."""
     rows: list[dict[str, Any]]
+    where = f"in {storage}" if address is None else "on this cluster"
     if address is not None:
         from outlast.cluster.jobs import ray_jobs as jobs
 
         rows = [asdict(job) for job in jobs.jobs_of(jobs.connect(address))]
     else:
         from outlast.checkpointing.storage.factory import open_storage
+        from outlast.checkpointing.storage.local import LocalStorage
         from outlast.cluster.monitoring.status import list_runs
 
-        rows, unreadable = list_runs(open_storage(storage))
+        rows, unreadable = list_runs(root := open_storage(storage))
         print_unreadable(unreadable)
+        if isinstance(root, LocalStorage) and not root.path("").is_dir():
+            where = f"{where}, which is no directory"
     if as_json:
         print_json(rows)
         return
     if not rows:
-        print_line(f"no runs {'on this cluster' if address is not None else f'in {storage}'}", to_stderr=True)
+        print_line(f"no runs {where}", to_stderr=True)
     print_runs(rows)
 
 
