@@ -19,8 +19,8 @@ _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://(.*)", re.DOTALL)
 _HALF_A_URL = re.compile(
     r"(file|s3|gs|gcs|hdfs|abfss?|https?):(/?)(.*)|(\w{2,}):(/)(?!/)(.*)", re.IGNORECASE | re.DOTALL
 )
-#: A variable that only another machine has.
-_UNEXPANDED = re.compile(r"\$\{env:[A-Za-z_]\w*\}")
+#: A variable in a run file, unexpanded where only another machine has it.
+ENV_VARIABLE = re.compile(r"\$\{env:([A-Za-z_][A-Za-z0-9_]*)\}")
 _BUCKET_SCHEMES = ("s3", "gs", "gcs")
 _AZURE_SCHEMES = ("abfs", "abfss")
 #: Schemes of pyarrow.fs; `mock` is its file system in memory.
@@ -55,6 +55,8 @@ def parse_location(location: Location) -> Path | str:
         return _path(os.fsdecode(os.fspath(location)))
     text = location
     if not (match := _URL.fullmatch(text)):
+        if _URL.fullmatch(text.lstrip()):
+            raise ConfigError(f"{text!r} is a URL after a blank", hint=f"write {text.lstrip()}")
         if half := _HALF_A_URL.fullmatch(text):
             scheme, slash, rest = half.groups()[:3] if half[1] else half.groups()[3:]
             meant = slash + rest if scheme.lower() == "file" else f"{scheme.lower()}://{rest}"
@@ -95,7 +97,11 @@ def store_ports(url: str) -> set[int]:
 
 
 def _path(text: str) -> Path:
-    if not text or "\0" in text:
+    try:
+        is_path = bool(text) and b"\0" not in os.fsencode(text)
+    except UnicodeEncodeError:  # half a character, as YAML and JSON can escape it
+        is_path = False
+    if not is_path:
         raise ConfigError(f"{text!r} is not a path", hint="name a directory, or s3://bucket/prefix")
     if text.startswith("//"):  # which pathlib keeps, although Linux takes it for one slash
         text = f"/{text.lstrip('/')}"
@@ -116,8 +122,10 @@ def _store_url(scheme: str, rest: str) -> str:
         raise ConfigError(f"{scheme}:// is not a kind of storage that outlast reads", hint=hint)
     example = "s3://bucket/prefix" if scheme not in _AZURE_SCHEMES else "abfs://container@account.dfs.core.windows.net/"
     try:
-        parts = urlsplit(f"{scheme}://{_UNEXPANDED.sub('1', rest)}")  # which may be a host, a bucket or a port
+        parts = urlsplit(f"{scheme}://{ENV_VARIABLE.sub('1', rest)}")  # which may be a host, a bucket or a port
         options = parse_qs(parts.query)
+        if not rest.isprintable():  # urlsplit drops line breaks
+            raise ValueError("a character of it cannot be printed")
         servers = [_server(item) for key in _ENDPOINTS for item in options.get(key, [])]
         if any(server.port == 0 for server in servers):  # reading an invalid port raises too
             raise ValueError("port 0 is not a server's")

@@ -5,8 +5,9 @@ A store that changes or loses bytes acknowledges every write; without this check
 
 import re
 import secrets
+from contextlib import suppress
 
-from outlast.checkpointing.errors import StorageRefused
+from outlast.checkpointing.errors import StorageError, StorageRefused
 from outlast.checkpointing.storage.base import Storage, read_bytes
 from outlast.checkpointing.storage.retry import retry
 
@@ -34,25 +35,24 @@ def check_round_trip(storage: Storage, path: str) -> None:
     try:
         check_written(storage, path, data)
     finally:
-        storage.delete(path)
+        with suppress(StorageError):  # a store may keep what it has: its own fault must not hide the one that is sought
+            storage.delete(path)
 
 
 def check_written(storage: Storage, path: str, data: bytes) -> None:
     """Read a file that was just written. Raises StorageRefused if it is not `data`, and StorageError."""
-    try:
+    read: bytes | None = None
+    with suppress(FileNotFoundError):
         read = retry(lambda: read_bytes(storage, path))
-    except FileNotFoundError:
-        fault = "it is missing"
-        raise StorageRefused(
-            f"{storage.url}/{path} was written, and does not read back: {fault}", hint=UNFAITHFUL_HINT
-        ) from None
     if read != data:
         fault, hint = _difference(data, read)
         raise StorageRefused(f"{storage.url}/{path} was written, and does not read back: {fault}", hint=hint)
 
 
-def _difference(written: bytes, read: bytes) -> tuple[str, str]:
-    """Return what differs, and what to do."""
+def _difference(written: bytes, read: bytes | None) -> tuple[str, str]:
+    """Return what differs, and what to do; None was read if the file is missing."""
+    if read is None:
+        return "it is missing", UNFAITHFUL_HINT
     sizes = f"{len(written):,} bytes were written and {len(read):,} read"
     if (frame := _FRAMING.match(read)) and written[:16] == read[frame.end() :][:16]:
         return f"the store kept the framing of a chunked upload as content ({sizes})", _FRAMING_HINT

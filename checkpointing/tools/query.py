@@ -153,7 +153,7 @@ def pick_manifest(store: RunStore, which: str, retention: Retention | None = Non
             return manifest
     steps = ", ".join(str(manifest.ref.step) for manifest in accepted) or "none"
     wanted = "checkpoint" if which == "newest" else f"checkpoint {which}"
-    hint = "name one of these" if accepted else "continue with `outlast train` until the first one is saved"
+    hint = "name one of these" if accepted else "continue the run until its first one is saved"
     raise NoCheckpointError(f"run {store.run!r} has no {wanted}; it has: {steps}", hint=hint)
 
 

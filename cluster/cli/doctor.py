@@ -95,7 +95,9 @@ def _run_as_job(
     lines = [line for line in log.splitlines() if line.startswith(JSON_HEAD)]
     if not lines:
         print_log(log, to_stderr=True)
-        hint = "the cluster's image needs outlast's dependencies: `pip install outlast` there"
+        hint = (
+            "Ray there must run in an environment with outlast's dependencies (`pip install outlast`), its bin on PATH"
+        )
         raise PreflightError(f"doctor at {address} ended without a report; its log is above", hint=hint)
     rows = [{**row, "level": Level(row["level"])} for row in json.loads(lines[-1])["checks"]]
     findings = [Finding(**row) for row in rows if row["check"] != "job server"]

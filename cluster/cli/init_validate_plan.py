@@ -7,7 +7,7 @@ from typer import Argument, Exit, Option
 
 from outlast.checkpointing.errors import ConfigError
 from outlast.cluster.cli.options import AsJson, Overrides, RunFile, writing
-from outlast.cluster.output import print_json, print_line
+from outlast.cluster.output import print_json, print_line, print_text
 from outlast.trainers.config.task_table import TASKS
 
 
@@ -52,7 +52,7 @@ def validate(
         print_json([item.as_json() for item in findings])
     else:
         for item in findings:
-            print_line(f"{run_file}: {item}")
+            print_text(f"{run_file}: {item}", indent="  ")
         if not findings:
             print_line(f"{run_file}: no errors found" + ("" if deep else " (--deep also reads all rows)"))
     if not findings and not deep:

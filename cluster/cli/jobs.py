@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 import sys
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -41,7 +42,7 @@ def submit(
     ship: Ship = True,
     dry_run: Annotated[bool, Option("--dry-run", help="Only list which files are sent, and which stay.")] = False,
 ) -> None:
-    """Submit the run to a Ray cluster, or attach to its live job. Prints the job's id.
+    """Submit the run to a Ray cluster, or attach to its live job. Prints the job's id, unless on a terminal.
 
     With --follow or --supervise the exit code is the run's. Of --code, files are left out that `.gitignore` or
     `.outlastignore` names, that hold credentials by their name, or that a link outside the folder leads to; so are
@@ -88,7 +89,9 @@ def _supervise(
     settings: list[tuple[RunConfig, dict[str, Any]]], address: str | None, code: Path | None, ship: bool
 ) -> None:
     from outlast.cluster.jobs import supervisor
+    from outlast.cluster.jobs.ray_jobs import given_address
 
+    given_address(address)
     for config, declared in settings:
         _check(config, declared, code, reads_storage=True)
     _warn(code, address)
@@ -121,6 +124,7 @@ def _submit(
 ) -> None:
     from outlast.cluster.jobs import ray_jobs as jobs
 
+    jobs.given_address(address)  # without one, other advice would be about a cluster that is not meant
     _check(config, declared, code, reads_storage=follow)
     _warn(code, address)
     client = jobs.connect(address)
@@ -137,9 +141,14 @@ def _submit(
 
         text = "following its log, which begins when the cluster has set the job up; Ctrl-C leaves the run running"
         print_line(text, to_stderr=True)
-        with live_panel(config.store, terminal()):
-            ended = follow_log(client, job.id)
-        raise Exit(ended.exit_code)
+        with suppress(KeyboardInterrupt):
+            with live_panel(config.store, terminal()):
+                ended = follow_log(client, job.id)
+            raise Exit(ended.exit_code)
+        chosen = f"{config.name} --address {client.get_address()}"
+        print_line(f"outlast: {job.id} goes on; to follow it: outlast logs {chosen} --follow", to_stderr=True)
+        print_line(f"  → to stop it: outlast stop {chosen}", to_stderr=True)
+        raise Exit(130)
 
 
 def _check(config: RunConfig, declared: dict[str, Any], code: Path | None, *, reads_storage: bool) -> None:
@@ -185,21 +194,25 @@ def _warn(code: Path | None, address: str | None) -> None:
 def list_(address: Address = None, storage: StorageRoot = "./runs", as_json: AsJson = False) -> None:
     """List the runs in --storage, or with --address a cluster's submissions."""
     rows: list[dict[str, Any]]
+    where = f"in {storage}" if address is None else "on this cluster"
     if address is not None:
         from outlast.cluster.jobs import ray_jobs as jobs
 
         rows = [asdict(job) for job in jobs.jobs_of(jobs.connect(address))]
     else:
         from outlast.checkpointing.storage.factory import open_storage
+        from outlast.checkpointing.storage.local import LocalStorage
         from outlast.cluster.monitoring.status import list_runs
 
-        rows, unreadable = list_runs(open_storage(storage))
+        rows, unreadable = list_runs(root := open_storage(storage))
         print_unreadable(unreadable)
+        if isinstance(root, LocalStorage) and not root.path("").is_dir():
+            where = f"{where}, which is no directory"
     if as_json:
         print_json(rows)
         return
     if not rows:
-        print_line(f"no runs {'on this cluster' if address is not None else f'in {storage}'}", to_stderr=True)
+        print_line(f"no runs {where}", to_stderr=True)
     print_runs(rows)
 
 

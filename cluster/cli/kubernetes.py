@@ -253,6 +253,9 @@ def _read(file: str) -> list[dict[str, Any]]:
     hint = "give a file that `outlast k8s render` wrote"
     try:
         text = sys.stdin.read() if file == "-" else Path(file).read_text(encoding="utf-8")
+    except IsADirectoryError as error:
+        hint = f"`kubectl kustomize {file}` prints what it makes; pipe that to this command, with - as FILE"
+        raise ConfigError(f"{file} is a folder", hint=hint) from error
     except OSError as error:
         raise ConfigError(f"{file} cannot be read: {error.strerror}", hint=hint) from error
     except UnicodeDecodeError as error:

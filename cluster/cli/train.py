@@ -84,7 +84,7 @@ class _Interruption:
             thread.start()
             thread.join(_QUIT_S)
         exit_code, saved = found[-1]
-        self._print(f"quit immediately; {saved}; to go on: {self._again}")
+        self._print(f"quit immediately; {saved}; to resume: {self._again}")
         os._exit(exit_code)
 
     def _print(self, text: str) -> None:

@@ -13,6 +13,7 @@ from outlast.checkpointing.storage.factory import open_storage
 from outlast.checkpointing.storage.location import is_url
 from outlast.cluster.fault_tolerance.restart_policy import RestartLimits
 from outlast.trainers.config.base import Duration
+from outlast.trainers.config.model import is_model_path
 from outlast.trainers.config.tracking import TrackSettings
 from outlast.trainers.config.train import ParallelSettings, TrainingFailureSettings
 from outlast.trainers.config.training_config import TrainingConfig
@@ -130,6 +131,23 @@ class RunConfig(TrainingConfig):
             data = data.model_copy(update={"eval": all_absolute(data.eval)})
         checkpoint = self.checkpoint.model_copy(update={"storage": absolute(self.checkpoint.storage)})
         return self.model_copy(update={"model": model, "data": data, "checkpoint": checkpoint})
+
+    @property
+    def model_names(self) -> dict[str, str]:
+        """The paths or hub ids of model, adapter and tokenizer, by key."""
+        model = self.model
+        names = {
+            "model.path": model.path,
+            "model.lora.path": model.lora.path if model.lora else None,
+            "model.tokenizer.path": model.tokenizer.path if model.tokenizer else None,
+        }
+        return {key: name for key, name in names.items() if name}
+
+    @property
+    def places(self) -> dict[str, str]:
+        """The settings that are paths or URLs, by key. A model's name that may be a hub id is none."""
+        local = {key: name for key, name in self.model_names.items() if is_model_path(name)}
+        return {"checkpoint.storage": self.checkpoint.storage, **self.data.places, **local}
 
     @property
     def store(self) -> RunStore:

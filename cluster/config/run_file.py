@@ -16,6 +16,7 @@ from outlast.checkpointing.error_hints import first_line, nearest
 from outlast.checkpointing.errors import ConfigError
 from outlast.checkpointing.escaping import escaped
 from outlast.checkpointing.redaction import is_secret_name, redact
+from outlast.checkpointing.storage.location import ENV_VARIABLE
 from outlast.checkpointing.storage.regular_files import read_small_file
 from outlast.cluster.config.run_config import RunConfig
 from outlast.trainers.config.validation_errors import Path as KeyPath
@@ -25,7 +26,6 @@ Lines = dict[KeyPath, int]
 _CREDENTIAL = "holds a credential, which would be stored with the run"
 _USE_VARIABLE = "put it in an environment variable and write ${env:NAME}"
 _UNSTORED = "settings of the model and the training must not contain one"
-_ENV = re.compile(r"\$\{env:([A-Za-z_][A-Za-z0-9_]*)\}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,14 +172,14 @@ def _shown_option(given: str) -> str:
 
 
 def _is_secret(text: str) -> bool:
-    written = _ENV.sub("", text)
+    written = ENV_VARIABLE.sub("", text)
     return redact(written) != written
 
 
 def _unexpanded(item: SettingsFinding, declared: Any) -> SettingsFinding:
     """Return the finding with `${env:NAME}` in place of the value, which may be a secret."""
     message, suggestion = item.message, item.suggestion
-    for name in {name for _, text in _texts(declared) for name in _ENV.findall(text)}:
+    for name in {name for _, text in _texts(declared) for name in ENV_VARIABLE.findall(text)}:
         value, written = os.environ.get(name, ""), f"${{env:{name}}}"
         for shown, instead in ((repr(value), repr(written)), (value, written) if len(value) > 3 else ("", "")):
             if shown:
@@ -201,6 +201,9 @@ def read_run_file(path: str) -> tuple[dict[str, Any], Lines]:
             hint = f"did you mean {candidates[near]}? `outlast init` writes a new one"
         reason = error.strerror if isinstance(error, OSError) else error
         raise ConfigError(f"run file {path} cannot be read: {reason}", hint=hint) from error
+    if _KUBERNETES_OBJECT.search(text):
+        hint = "give the run's name where a command takes one, or the run file that was rendered"
+        raise ConfigError(f"{path} is no run file: it holds objects of Kubernetes", hint=hint)
     try:
         body, lines = yaml.load(text, _UniqueKeyLoader), dict(_yaml_lines(yaml.compose(text, yaml.SafeLoader)))
     except yaml.YAMLError as error:
@@ -213,6 +216,10 @@ def read_run_file(path: str) -> tuple[dict[str, Any], Lines]:
         hint = "begin with `name: my-run`, or let `outlast init` write one"
         raise SettingsError(f"run file {path} holds no settings", hint=hint, findings=found)
     return body, lines
+
+
+#: The first two lines of what `outlast k8s render` and `kubectl` print.
+_KUBERNETES_OBJECT = re.compile(r"^apiVersion: .*\nkind: ", re.MULTILINE)
 
 
 class _UniqueKeyLoader(yaml.SafeLoader):
@@ -263,7 +270,7 @@ def override(body: dict[str, Any], given: str) -> None:
 def _unset_variables(value: Any, path: KeyPath = ()) -> Iterator[tuple[KeyPath, str]]:
     """Yield the key path and NAME of every `${env:NAME}` that is not set."""
     for where, text in _texts(value, path):
-        yield from ((where, name) for name in _ENV.findall(text) if name not in os.environ)
+        yield from ((where, name) for name in ENV_VARIABLE.findall(text) if name not in os.environ)
 
 
 def _texts(value: Any, path: KeyPath = ()) -> Iterator[tuple[KeyPath, str]]:
@@ -281,7 +288,7 @@ def expand(value: Any, *, partly: bool = False) -> Any:
         return {key: expand(item, partly=partly) for key, item in value.items()}
     if isinstance(value, list):
         return [expand(item, partly=partly) for item in value]
-    return _ENV.sub(partial(_from_environment, partly=partly), value) if isinstance(value, str) else value
+    return ENV_VARIABLE.sub(partial(_from_environment, partly=partly), value) if isinstance(value, str) else value
 
 
 def _from_environment(match: re.Match[str], *, partly: bool) -> str:

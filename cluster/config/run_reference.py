@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from outlast.checkpointing.errors import ConfigError, OutlastError, StorageError
+from outlast.checkpointing.storage.location import is_url
 
 if TYPE_CHECKING:  # every command imports this module; `outlast --help` needs no more of it than RUN_FILES
     from outlast.checkpointing.run_store.retention_policy import Retention
@@ -67,7 +68,7 @@ def _split(text: str) -> tuple[str | None, str]:
 
     Raises ConfigError if nothing is left for a name.
     """
-    full, is_uri = text, "://" in text
+    full, is_uri = text, is_url(text)
     text, mark, options = text.partition("?") if is_uri else (text, "", "")
     if "/" in options:  # of the storage, as in `s3://bucket/runs?region=x/my-run`
         options, _, name = options.rstrip("/").rpartition("/")

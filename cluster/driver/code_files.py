@@ -21,9 +21,10 @@ from outlast.checkpointing.redaction import has_private_key, redact
 if TYPE_CHECKING:  # needed where code is sent; a cluster's image may lack it
     from pathspec import GitIgnoreSpec
 
-    _Rule = tuple[Path, GitIgnoreSpec]
+    _Rule = tuple[str, Path, GitIgnoreSpec]
 
-IGNORE_FILES = (".gitignore", ".outlastignore")
+#: The first one that decides on a file counts, wherever the other one lies.
+IGNORE_FILES = (".outlastignore", ".gitignore")
 _SUFFIXES = (".py", ".json", ".yaml", ".yml", ".toml", ".txt")
 #: Files of these names hold credentials, in any case. Modules are exempt: code fetches credentials by such names.
 CREDENTIAL_FILES = (
@@ -149,24 +150,23 @@ def _is_in_repository(folder: Path) -> bool:
 def _rules_of(folder: Path) -> Iterator[_Rule]:
     from pathspec import GitIgnoreSpec
 
-    lines: list[str] = []
     for name in IGNORE_FILES:
         path = folder / name
         if path.is_file():
-            lines += path.read_text(encoding="utf-8", errors="replace").splitlines()
-    try:
-        if lines:
-            yield folder, GitIgnoreSpec.from_lines(lines)
-    except ValueError as error:
-        hint = "correct the line, or remove it"
-        raise ConfigError(f"an ignore file in {folder} is not valid: {first_line(error)}", hint=hint) from error
+            lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+            try:
+                yield name, folder, GitIgnoreSpec.from_lines(lines)
+            except ValueError as error:
+                hint = "correct the line, or remove it"
+                raise ConfigError(f"{path} is not valid: {first_line(error)}", hint=hint) from error
 
 
 def _is_ignored(path: Path, rules: Sequence[_Rule], is_folder: bool) -> bool:
-    """Return what the nearest ignore file with a matching line decides."""
-    for base, spec in reversed(rules):
-        if path.is_relative_to(base):
-            name = path.relative_to(base).as_posix() + ("/" if is_folder else "")
-            if (decision := spec.check_file(name).include) is not None:
-                return decision
+    """Return what the nearest file of ignore rules with a matching line decides."""
+    for wanted in IGNORE_FILES:
+        for name, base, spec in reversed(rules):
+            if name == wanted and path.is_relative_to(base):
+                relative = path.relative_to(base).as_posix() + ("/" if is_folder else "")
+                if (decision := spec.check_file(relative).include) is not None:
+                    return decision
     return False

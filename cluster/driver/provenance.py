@@ -24,6 +24,7 @@ from outlast.checkpointing.errors import StorageError
 from outlast.checkpointing.format.layout import RECORD
 from outlast.checkpointing.redaction import redact, redact_json
 from outlast.checkpointing.run_store.store import RunStore
+from outlast.checkpointing.storage.location import ENV_VARIABLE
 from outlast.cluster.config.run_config import RunConfig
 from outlast.cluster.driver.code_files import CREDENTIAL_FILES
 from outlast.cluster.preflight.doctor_probe import cpu_capability, find_gpus
@@ -86,7 +87,7 @@ def resolved(config: RunConfig, declared: Mapping[str, Any]) -> Any:
 
 
 def _unexpanded(value: Any, declared: Any) -> Any:
-    if isinstance(declared, str) and "${env:" in declared:
+    if isinstance(declared, str) and ENV_VARIABLE.search(declared):
         return declared
     if isinstance(value, dict) and isinstance(declared, Mapping):
         return {key: _unexpanded(item, declared.get(key)) for key, item in value.items()}

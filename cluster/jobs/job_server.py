@@ -5,6 +5,7 @@ server that is restarted) raises JobServerUnavailable; all else is permanent.
 """
 
 import io
+import logging
 import os
 import re
 import ssl
@@ -32,6 +33,11 @@ DASHBOARD_PORT = 8265
 #: Ray's defaults for other services of a head, which are given in place of the job server.
 _OTHER_PORTS = {6379: "drivers", 10001: "Ray clients"}
 _CA_VARIABLES = ("REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE")
+_LOGGERS = (
+    "ray.dashboard.modules.dashboard_sdk",
+    "ray.dashboard.modules.job.sdk",
+    "ray._private.runtime_env.packaging",
+)
 _TEMPORARY = (404, 408, 425, 429)
 #: The head answers 500 whatever the agent of the node answered.
 _REFUSED_BY_AGENT = re.compile(r"Request failed with status code (\d{3})\b")
@@ -81,7 +87,7 @@ def server_url(address: str) -> str:
     if parts.scheme not in ("http", "https") or not host or any(map(str.isspace, text)):
         raise _not_an_address(address, "expected http://HOST:PORT, https://HOST or HOST:PORT")
     default = "" if has_scheme or port is not None else f":{DASHBOARD_PORT}"
-    return f"{parts.scheme}://{parts.netloc}{default}{parts.path}".rstrip("/")
+    return f"{parts.scheme}://{parts.netloc.removesuffix(':')}{default}{parts.path}".rstrip("/")
 
 
 def _not_an_address(address: str, reason: str, host: str = "HEAD") -> ConfigError:
@@ -94,12 +100,14 @@ class JobServer(JobSubmissionClient):  # type: ignore[misc]
     """A connection to a job server, which has answered once.
 
     Raises:
-        ConfigError: The address is none, or what was sent is too large.
+        ConfigError: It is not the address of a job server, or what was sent is too large.
         JobServerUnavailable: It does not answer, or is no job server.
         PreflightError: It requires a token, or refuses what was sent.
     """
 
     def __init__(self, address: str) -> None:
+        for name in _LOGGERS:  # which print what is uploaded, and how a log's stream ended
+            logging.getLogger(name).setLevel(logging.WARNING)
         self._client_ray_version = ray.__version__
         verify = _trusted_certificates()
         super(JobSubmissionClient, self).__init__(server_url(address), verify=verify)  # Ray's own looks at RAY_ADDRESS

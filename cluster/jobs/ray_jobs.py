@@ -24,7 +24,7 @@ from ray.job_submission import JobDetails, JobStatus
 
 from outlast.checkpointing.error_hints import did_you_mean, first_line
 from outlast.checkpointing.errors import ConfigError, PreflightError
-from outlast.checkpointing.storage.location import is_url
+from outlast.checkpointing.storage.location import ENV_VARIABLE, is_url
 from outlast.cluster.config.run_config import RunConfig
 from outlast.cluster.config.run_reference import RESUME_VARIABLE
 from outlast.cluster.jobs.bundle import bundle, copy_package
@@ -68,6 +68,11 @@ class SubmittedJob:
 
 def connect(address: str | None) -> JobServer:
     """Connect to the job server at `address` or RAY_API_SERVER_ADDRESS (`http://head:8265`). Raises as JobServer."""
+    return JobServer(given_address(address))
+
+
+def given_address(address: str | None) -> str:
+    """Return the address of the job server, which may be in RAY_API_SERVER_ADDRESS. Raises PreflightError if not."""
     server = address or os.environ.get("RAY_API_SERVER_ADDRESS")
     if not server:
         raise PreflightError(
@@ -75,7 +80,7 @@ def connect(address: str | None) -> JobServer:
             hint="give --address http://HEAD:8265, or set RAY_API_SERVER_ADDRESS; a run on this machine only has no "
             "job: `outlast train RUN.yaml` resumes it, and Ctrl-C stops it",
         )
-    return JobServer(server)
+    return server
 
 
 def check_server(address: str) -> list[Finding]:
@@ -114,16 +119,9 @@ def _job(details: JobDetails) -> SubmittedJob | None:
 
 def check_reachable(config: RunConfig) -> None:
     """Raise ConfigError if the path of the storage, the data or the model is relative: other machines use it too."""
-    tokenizer = config.model.tokenizer.path if config.model.tokenizer else None
-    paths = {
-        "checkpoint.storage": config.checkpoint.storage,
-        **config.data.places,
-        "model.path": config.model.path if (config.model.path or "").startswith(".") else None,  # else a hub id
-        "model.tokenizer.path": tokenizer if (tokenizer or "").startswith(".") else None,
-    }
-    for key, path in paths.items():
-        is_deferred = "${env:" in (path or "")  # of variables that only the cluster has
-        if path and not is_url(path) and not Path(path).is_absolute() and not is_deferred:
+    for key, path in config.places.items():
+        is_deferred = ENV_VARIABLE.search(path) is not None  # of a variable that only the cluster has
+        if not is_url(path) and not Path(path).is_absolute() and not is_deferred:
             raise ConfigError(
                 f"{key} is {path!r}, which each machine of the cluster resolves in its own working directory",
                 hint=f"set {key} to a path that all machines share: a shared file system's absolute path, or s3://…",

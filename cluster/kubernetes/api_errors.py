@@ -24,12 +24,20 @@ class ObjectNotFound(PreflightError):
     """The object or the namespace does not exist."""
 
 
+class KindUnknown(PreflightError):
+    """The cluster has no such kind of object: its operator is not installed."""
+
+
+class AccessForbidden(PreflightError):
+    """The credentials may not do this."""
+
+
 class ObjectChanged(ConfigError):
     """Another object or field manager is in the way; `delete` meets it if an object was replaced."""
 
 
 @dataclass(frozen=True)
-class Answer:
+class Refusal:
     """A refusal of the API server."""
 
     status: int
@@ -52,12 +60,12 @@ def api_errors(name: str = "", namespace: str = "") -> Iterator[None]:
     try:
         yield
     except ResourceNotFoundError as error:
-        raise PreflightError(
+        raise KindUnknown(
             f"the cluster has no such kind of object: {first_line(error)}",
             hint="install KubeRay 1.7 (or the operator that defines the kind); see k8s/README.md",
         ) from error
     except ApiException as error:
-        raise explained(Answer(int(error.status or 0), _message(error), name, namespace)) from error
+        raise error_for(Refusal(int(error.status or 0), _message(error), name, namespace)) from error
     except HTTPError as error:
         message = f"the cluster does not answer: {first_line(error)}"
         hint = "kubectl cluster-info"
@@ -67,19 +75,19 @@ def api_errors(name: str = "", namespace: str = "") -> Iterator[None]:
         raise PreflightError(message, hint=hint) from error
 
 
-def explained(answer: Answer) -> OutlastError:
+def error_for(refusal: Refusal) -> OutlastError:
     """Return outlast's error for a refusal."""
-    if fields := _refused_fields(answer.message):
+    if fields := _refused_fields(refusal.message):
         path = re.sub(r"\[[^\]]*\]", "", fields[0].partition(":")[0])
-        hint = f"correct the manifest; kubectl explain {answer.kind or 'KIND'}.{path} shows the field"
-        return ConfigError(_prefixed(answer, "; ".join(fields)), hint=hint)
-    refused = "the cluster does not accept the credentials: " if answer.status == 401 else ""
+        hint = f"correct the manifest; kubectl explain {refusal.kind or 'KIND'}.{path} shows the field"
+        return ConfigError(_prefixed(refusal, "; ".join(fields)), hint=hint)
+    refused = "the cluster does not accept the credentials: " if refusal.status == 401 else ""
     for fits, kind, hint in _RULES:
-        if fits(answer):
-            names = {"kind": answer.kind or "objects", "namespace": answer.namespace or "NAMESPACE"}
-            return kind(_prefixed(answer, refused + answer.message), hint=hint.format(**names))
+        if fits(refusal):
+            names = {"kind": refusal.kind or "objects", "namespace": refusal.namespace or "NAMESPACE"}
+            return kind(_prefixed(refusal, refused + refusal.message), hint=hint.format(**names))
     hint = "kubectl get --raw /readyz?verbose shows the API server's state; then try again"
-    return PreflightError(_prefixed(answer, answer.message), hint=hint)
+    return PreflightError(_prefixed(refusal, refusal.message), hint=hint)
 
 
 def _refused_fields(message: str) -> list[str]:
@@ -90,8 +98,8 @@ def _refused_fields(message: str) -> list[str]:
     return [f"{item['field']}: unknown field" for item in _UNKNOWN.finditer(message)]
 
 
-def _prefixed(answer: Answer, text: str) -> str:
-    return f"{answer.name}: {text}".removeprefix(": ")
+def _prefixed(refusal: Refusal, text: str) -> str:
+    return f"{refusal.name}: {text}".removeprefix(": ")
 
 
 def _message(error: Any) -> str:
@@ -101,20 +109,20 @@ def _message(error: Any) -> str:
         return f"{error.status} {error.reason}"
 
 
-def _says(*texts: str) -> Callable[[Answer], bool]:
-    return lambda answer: any(text in answer.message for text in texts)
+def _says(*texts: str) -> Callable[[Refusal], bool]:
+    return lambda refusal: any(text in refusal.message for text in texts)
 
 
-def _has(*statuses: int) -> Callable[[Answer], bool]:
-    return lambda answer: answer.status in statuses
+def _has(*statuses: int) -> Callable[[Refusal], bool]:
+    return lambda refusal: refusal.status in statuses
 
 
-def _is_fixed_claim(answer: Answer) -> bool:
+def _is_fixed_claim(refusal: Refusal) -> bool:
     texts = ("immutable", "field can not be less than", "can be resized", "may not be less than")
-    return answer.kind == "persistentvolumeclaim" and any(text in answer.message for text in texts)
+    return refusal.kind == "persistentvolumeclaim" and any(text in refusal.message for text in texts)
 
 
-_RULES: tuple[tuple[Callable[[Answer], bool], type[OutlastError], str], ...] = (
+_RULES: tuple[tuple[Callable[[Refusal], bool], type[OutlastError], str], ...] = (
     (
         _has(401),
         PreflightError,
@@ -135,7 +143,7 @@ _RULES: tuple[tuple[Callable[[Answer], bool], type[OutlastError], str], ...] = (
         "mutatingwebhookconfigurations names it; its operator must run",
     ),
     (
-        lambda answer: "denied the request" in answer.message or "denied request" in answer.message,
+        lambda refusal: "denied the request" in refusal.message or "denied request" in refusal.message,
         ConfigError,
         "an admission policy of this cluster refuses the object: change the manifest as it says, or ask its owner",
     ),
@@ -164,7 +172,7 @@ _RULES: tuple[tuple[Callable[[Answer], bool], type[OutlastError], str], ...] = (
     (_has(400, 413, 415, 422), ConfigError, "outlast k8s lint FILE"),
     (
         _has(403),
-        PreflightError,
+        AccessForbidden,
         "kubectl auth can-i --list --namespace {namespace} shows your permissions",
     ),
     (_has(429, 503, 504), PreflightError, "the API server is overloaded or not ready; try again in a moment"),

@@ -4,6 +4,7 @@ A thin layer without state: `render.py` builds the objects, `rayjob_successor.py
 successor, `ownership.py` decides which objects are a run's, KubeRay does the rest. Nothing else may be touched.
 """
 
+import json
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -12,9 +13,16 @@ from typing import Any
 from outlast.checkpointing.errors import ConfigError, OutlastError, PreflightError
 from outlast.checkpointing.format.layout import check_run_name
 from outlast.cluster.kubernetes.accessors import mapping, mappings
-from outlast.cluster.kubernetes.api_errors import ObjectChanged, ObjectNotFound, api_errors
+from outlast.cluster.kubernetes.api_errors import (
+    AccessForbidden,
+    KindUnknown,
+    ObjectChanged,
+    ObjectNotFound,
+    api_errors,
+)
 from outlast.cluster.kubernetes.kubeconfig import configure
 from outlast.cluster.kubernetes.ownership import (
+    CRON_JOB,
     KINDS,
     RUN_LABEL,
     Deletion,
@@ -117,6 +125,13 @@ class KubernetesNamespace:
         """Return the run's newest RayJob. Raises PreflightError if the run has none."""
         jobs = self.jobs(run)
         if not jobs:
+            schedules = [object_name(item) for item in of_run(self._cron_jobs(), _identity(run))]
+            if schedules:
+                raise PreflightError(
+                    f"{', '.join(schedules)} makes the RayJobs of run {_identity(run).name}, and this command is for "
+                    "RayJobs that were applied",
+                    hint=f"kubectl get rayjobs,raycronjobs --namespace {self.namespace}",
+                )
             raise PreflightError(
                 f"namespace {self.namespace} has no RayJob of run {_identity(run).name}",
                 hint="outlast k8s render RUN.yaml --image IMAGE | outlast k8s apply -",
@@ -179,7 +194,7 @@ class KubernetesNamespace:
         Raises PreflightError if there is nothing of the run, ConfigError if there are several runs of this name.
         """
         identity = _identity(run)
-        items = [item for kind in KINDS for item in self._list(kind)]
+        items = [item for kind in KINDS for item in (self._cron_jobs() if kind == CRON_JOB else self._list(kind))]
         plan = plan_deletion(items, identity, self.namespace, storage=storage, num_pods=len(self._pods(identity)))
         if plan.is_empty:
             raise PreflightError(
@@ -206,12 +221,19 @@ class KubernetesNamespace:
                 yield f"{object_name(item)} deleted"
 
     def _check_target(self, item: Mapping[str, Any]) -> None:
-        """Raise ConfigError if an object has no name, or another namespace than was asked for."""
+        """Raise ConfigError if an object has no name, another namespace than was asked for, or what JSON has not."""
         if not mapping(item, "metadata").get("name"):
             raise ConfigError(
                 f"an object of kind {item['kind']} has no metadata.name, which apply needs",
                 hint="give it a name; generateName is for `kubectl create`",
             )
+        try:
+            json.dumps(item, default=lambda value: value.isoformat(), allow_nan=False)  # YAML has dates
+        except (TypeError, ValueError, AttributeError, RecursionError) as error:
+            raise ConfigError(
+                f"{object_name(item)} cannot be sent as JSON: it has a binary value, a set, NaN, or contains itself",
+                hint="write binary data as base64 text",
+            ) from error
         target = mapping(item, "metadata").get("namespace")
         if self._given_namespace and target and target != self._given_namespace:
             raise ConfigError(
@@ -253,6 +275,13 @@ class KubernetesNamespace:
     def _list(self, kind: str, version: str = "", **options: str) -> list[dict[str, Any]]:
         items: list[dict[str, Any]] = self._call("get", kind, version or KINDS[kind], **options)["items"]
         return [{**item, "kind": kind} for item in items]  # a list's items may omit it
+
+    def _cron_jobs(self) -> list[dict[str, Any]]:
+        """Return the RayCronJobs; none if KubeRay has none, or a role for RayJobs only hides them."""
+        try:
+            return self._list(CRON_JOB)
+        except (KindUnknown, AccessForbidden):
+            return []
 
     def _call_on(self, item: Mapping[str, Any], verb: str, **arguments: Any) -> dict[str, Any]:
         """Call a method of the official client on an object, in its own namespace if it names one."""

@@ -1,12 +1,13 @@
-"""Ports that a run's pods reach outside: those that its settings name are opened, others are told. Pure."""
+"""Ports that a run's pods reach outside: the settings name those to open; others cause a warning. Pure."""
 
 from collections.abc import Iterator, Mapping
 from urllib.parse import urlsplit
 
 from outlast.checkpointing.storage.location import store_endpoints, store_ports
 from outlast.cluster.config.run_config import RunConfig
-from outlast.cluster.kubernetes.pod_paths import is_model_path, model_names, store_urls
+from outlast.cluster.kubernetes.pod_paths import store_urls
 from outlast.cluster.kubernetes.settings import K8sSettings
+from outlast.trainers.config.model import is_model_path
 
 _HTTPS = 443
 #: The API server, by its service and by its own port.
@@ -59,4 +60,4 @@ def _address_variables(config: RunConfig) -> Iterator[str]:
 
 
 def _uses_hub(config: RunConfig) -> bool:
-    return not all(map(is_model_path, model_names(config).values()))
+    return not all(map(is_model_path, config.model_names.values()))

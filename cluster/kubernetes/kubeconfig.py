@@ -23,16 +23,26 @@ def configure(settings: Any, context: str | None) -> str:
     from kubernetes import config
 
     file = os.environ.get("KUBECONFIG") or "~/.kube/config"  # the client reads the variable once, at import
+    found = any(Path(part).expanduser().is_file() for part in file.split(os.pathsep))
     try:
-        if not any(Path(part).expanduser().is_file() for part in file.split(os.pathsep)):
+        if not found:
             config.load_incluster_config(client_configuration=settings)
             return (SERVICE_ACCOUNT / "namespace").read_text(encoding="utf-8").strip()
         with _logged_errors() as errors:
             config.load_kube_config(config_file=file, context=context, client_configuration=settings)
         contexts, current = config.list_kube_config_contexts(file)
+    except (TypeError, AttributeError, KeyError, UnicodeDecodeError) as error:  # the client trusts the file's types
+        hint = "`kubectl config view` reads the same file"
+        raise PreflightError(f"the kubeconfig {file} is malformed: {first_line(error)}", hint=hint) from error
     except (config.ConfigException, OSError) as error:
-        hint = "set KUBECONFIG, or give --context"
-        raise PreflightError(f"no cluster is configured: {first_line(error)}", hint=hint) from error
+        if found or "KUBERNETES_SERVICE_HOST" in os.environ:  # the latter in a pod
+            reason, hint = first_line(error), "set KUBECONFIG, or give --context"
+        else:
+            reason, hint = (
+                f"there is no file {file}",
+                "set KUBECONFIG to the file that your cluster's provider gave you",
+            )
+        raise PreflightError(f"no cluster is configured: {reason}", hint=hint) from error
     if errors and not (settings.api_key or settings.cert_file):
         raise PreflightError(
             f"the kubeconfig's credential plugin failed: {'; '.join(errors)}",

@@ -18,8 +18,10 @@ from outlast.cluster.kubernetes.accessors import mapping
 RUN_LABEL = "outlast/run"
 ID_ANNOTATION = "outlast/run-id"
 CLAIM = "PersistentVolumeClaim"
+CRON_JOB = "RayCronJob"
 #: Kinds of a run's objects, in the order to delete them: first those that create pods.
 KINDS = {
+    CRON_JOB: "ray.io/v1",
     "RayJob": "ray.io/v1",
     "NetworkPolicy": "networking.k8s.io/v1",
     "PodDisruptionBudget": "policy/v1",
@@ -59,9 +61,9 @@ class Deletion:
 
     @property
     def is_incomplete(self) -> bool:
-        """Whether the run may go on: a RayJob without proof is left, or nothing else is there."""
+        """Whether the run may go on: a RayJob or RayCronJob without proof is left, or nothing else is there."""
         rest = self.doomed or self.leaving or self.claims
-        return bool(self.unproved) and (not rest or any(item["kind"] == "RayJob" for item in self.unproved))
+        return bool(self.unproved) and (not rest or any(item["kind"] in ("RayJob", CRON_JOB) for item in self.unproved))
 
     @property
     def left(self) -> list[str]:
@@ -158,6 +160,13 @@ def check_owner(existing: Mapping[str, Any], ours: Mapping[str, Any]) -> None:
     if its_run != run:
         whose = f"belongs to run {its_run}" if its_run else "was not made by outlast"
         raise ConfigError(f"{object_name(ours)} already exists and {whose}", hint="render with another --name")
+    theirs, mine = owner(existing), owner(ours)
+    if theirs and mine and theirs != mine:
+        raise ConfigError(
+            f"{object_name(ours)} already exists and belongs to another run named {run}, with another "
+            f"checkpoint.storage ({ID_ANNOTATION} {theirs.id}, not {mine.id})",
+            hint=f"render with another --name; if it is yours and its storage moved: outlast k8s delete {run}",
+        )
 
 
 def object_name(item: Mapping[str, Any]) -> str:

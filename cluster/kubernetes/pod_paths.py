@@ -34,28 +34,10 @@ def pod_path(key: str, location: str) -> str | None:
     return str(parsed)
 
 
-def sources(config: RunConfig) -> dict[str, str]:
-    """Return the settings that are paths or URLs, by key."""
-    local = {key: name for key, name in model_names(config).items() if is_model_path(name)}
-    return {"checkpoint.storage": config.checkpoint.storage, **config.data.places, **local}
-
-
 def store_urls(config: RunConfig) -> list[str]:
     """Return the URLs of stores among the settings."""
-    parsed = map(parse_location, sources(config).values())
+    parsed = map(parse_location, config.places.values())
     return [url for url in parsed if isinstance(url, str)]
-
-
-def model_names(config: RunConfig) -> dict[str, str]:
-    """Return the paths or hub ids of model and tokenizer, by key."""
-    tokenizer = config.model.tokenizer.path if config.model.tokenizer else None
-    names = {"model.path": config.model.path, "model.tokenizer.path": tokenizer}
-    return {key: name for key, name in names.items() if name}
-
-
-def is_model_path(name: str) -> bool:
-    """Return whether a model's name can only be a path; any other may be a hub id."""
-    return name.startswith(("/", "./", "../", "~"))
 
 
 def mount_path(config: RunConfig, settings: K8sSettings) -> str | None:
@@ -64,7 +46,7 @@ def mount_path(config: RunConfig, settings: K8sSettings) -> str | None:
     Raises:
         ConfigError: The run file names a path that pods cannot have, or one that the claim does not bring.
     """
-    paths = {key: pod_path(key, location) for key, location in sources(config).items()}
+    paths = {key: pod_path(key, location) for key, location in config.places.items()}
     path = paths["checkpoint.storage"]
     if path is None:
         if (settings.claim is None) != (settings.mount is None):

@@ -8,6 +8,7 @@ and secrets are named, not read. Only the run's name and its storage's mount pat
 import copy
 import json
 import re
+import shlex
 from collections.abc import Mapping
 from importlib.resources import files
 from typing import Any
@@ -15,11 +16,13 @@ from typing import Any
 import yaml
 
 from outlast.checkpointing.errors import ConfigError
+from outlast.checkpointing.storage.location import ENV_VARIABLE
 from outlast.cluster.config.run_config import RunConfig
+from outlast.cluster.config.run_reference import RESUME_VARIABLE
 from outlast.cluster.kubernetes.accessors import mapping
 from outlast.cluster.kubernetes.egress import egress_ports, egress_warnings
 from outlast.cluster.kubernetes.ownership import RUN_LABEL, RunIdentity, identity_of
-from outlast.cluster.kubernetes.pod_paths import is_under, mount_path, pod_path, sources
+from outlast.cluster.kubernetes.pod_paths import is_under, mount_path, pod_path
 from outlast.cluster.kubernetes.settings import DRAIN_BEFORE_GRACE_S, LABEL, MAX_CRON_NAME, MAX_NAME, K8sSettings
 from outlast.cluster.kubernetes.variants import scheduled, set_deletion, set_elastic_queue, set_submission
 
@@ -34,7 +37,6 @@ SPOT = {
 
 _STOP_BEFORE_GRACE_S = 20
 _ALLOCATE_VARIABLE = "RAY_AUTOSCALER_RECONCILE_ALLOCATE_STATUS_TIMEOUT_S"
-_ENV = re.compile(r"\$\{env:([A-Za-z_][A-Za-z0-9_]*)\}")
 
 
 def render(config: RunConfig, declared: Mapping[str, Any], settings: K8sSettings) -> list[dict[str, Any]]:
@@ -89,12 +91,12 @@ def warnings_for(
         warnings.append(
             f"image {settings.image} is the local tag that k8s/README.md builds; for one in a registry: --image IMAGE"
         )
-    paths = {key: pod_path(key, location) for key, location in sources(config).items()}
+    paths = {key: pod_path(key, location) for key, location in config.places.items()}
     for key, path in paths.items():
         if key != "checkpoint.storage" and path and not is_under(path, mount):
             remedy = f"put it under {mount}" if mount else "mount a claim (--claim NAME --mount PATH)"
             warnings.append(f"{key}: no volume provides {path} in the pods; {remedy}, or include it in the image")
-    names = sorted(set(_ENV.findall(json.dumps(dict(declared), default=str))))
+    names = sorted(set(ENV_VARIABLE.findall(json.dumps(dict(declared), default=str))))
     if names and settings.secret is None:
         warnings.append(f"the run file uses {', '.join(names)}: name a secret with these keys (--secret NAME)")
     if paths["checkpoint.storage"] is None and settings.secret is None and settings.service_account is None:
@@ -187,6 +189,9 @@ def _ray_job(config: RunConfig, settings: K8sSettings, name: str, claim: str, mo
     _set_resources(head["spec"], settings.head_cpus, settings.head_memory, 0)
     _set_resources(worker["spec"], _worker_cpus(config, settings), settings.worker_memory, gpus)
     head["spec"]["volumes"][0]["configMap"]["name"] = name
+    head["spec"]["containers"][0]["env"].append(
+        {"name": RESUME_VARIABLE, "value": shlex.join(["outlast", "k8s", "resume", config.name])}
+    )
     for pod, announced_s in ((head, settings.grace_s - DRAIN_BEFORE_GRACE_S), (worker, settings.announced_s)):
         _configure_ray_pod(pod["spec"], settings, claim, mount, announced_s)
     cluster["workerGroupSpecs"] = _worker_groups(group, config, settings)

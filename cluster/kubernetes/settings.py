@@ -15,6 +15,7 @@ from zoneinfo import available_timezones
 from pydantic import AfterValidator, Field, ValidationError, field_validator, model_validator
 
 from outlast.checkpointing.errors import ConfigError
+from outlast.cluster.kubernetes.quantity import quantity_value
 from outlast.trainers.config.base import Settings
 from outlast.trainers.config.validation_errors import SettingsFinding, findings
 
@@ -48,16 +49,9 @@ def _name(max_length: int) -> AfterValidator:
 
 
 def _quantity(value: str) -> str:
-    if not re.fullmatch(r"[0-9]+(\.[0-9]+)?(Ki|Mi|Gi|Ti|k|M|G|T)?", value) or not float(value.rstrip("KMGTki")):
+    if (quantity_value(value) or 0) < 1:
         raise ValueError(f"{value!r} is not a Kubernetes quantity such as 16Gi or 500Mi")
     return value
-
-
-def _bytes(value: str) -> float:
-    number = value.rstrip("KMGTki")
-    unit = value.removeprefix(number)
-    exponent = "KMGT".index(unit[0].upper()) + 1 if unit else 0
-    return float(number) * (1024.0 if unit.endswith("i") else 1000.0) ** exponent
 
 
 def _taint(value: str) -> str:
@@ -124,8 +118,8 @@ class K8sSettings(Settings):
     operator_namespace: Name | None = None
     """Namespace of KubeRay's operator, whose requests are let through. Default: those in which it usually runs."""
     egress_ports: tuple[Port, ...] = ()
-    """Ports that the pods may reach at any address: a store's own, such as 9000. Port 443 is added if the run file
-    names an object store or a model on the hub."""
+    """Further ports that the pods may reach at any address, such as 9000 of a store whose address is in the secret.
+    Those of object stores in the run file and 443 for a model on the hub are open."""
 
     worker_cpus: int = Field(4, ge=1)
     """CPUs of a worker's pod if `scale.cpus_per_worker` is not set."""
@@ -217,7 +211,7 @@ class K8sSettings(Settings):
         if self.announced_s >= self.grace_s:
             raise ValueError(f"--notice-s ({self.notice_s}) must be less than --grace-s ({self.grace_s})")
         for option, memory in (("--worker-memory", self.worker_memory), ("--head-memory", self.head_memory)):
-            if _bytes(self.shm) >= _bytes(memory):
+            if (quantity_value(self.shm) or 0) >= (quantity_value(memory) or 0):
                 raise ValueError(f"--shm ({self.shm}) must be less than {option} ({memory}), which includes it")
         return self
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from outlast.checkpointing.errors import ConfigError
 from outlast.checkpointing.storage.regular_files import read_small_file
-from outlast.trainers.config.model import LoraSettings, ModelSettings
+from outlast.trainers.config.model import LoraSettings, ModelSettings, is_model_path
 
 ADAPTER_CONFIG = "adapter_config.json"
 
@@ -29,7 +29,7 @@ def base_of(path: str) -> str:
     )
     if not isinstance(base, str) or not base:
         raise ConfigError(f"the adapter {path} names no base model", hint=hint)
-    if base.startswith(("/", ".", "~")) and not Path(base).is_dir():
+    if is_model_path(base) and not Path(base).is_dir():
         raise ConfigError(f"the base model {base} of the adapter {path} does not exist", hint=hint)
     return base
 

@@ -180,7 +180,7 @@ class DataSettings(Settings):
     @field_validator("train", "eval")
     @classmethod
     def _are_locations(cls, value: str | list[str] | None) -> str | list[str] | None:
-        for place in value if isinstance(value, list) else [value or "none"]:
+        for place in value if isinstance(value, list) else filter(None, [value]):
             parse_location(place)
         return value
 
@@ -193,6 +193,13 @@ class DataSettings(Settings):
         if repeated := sorted({str(name) for name in names if names.count(name) > 1}):
             raise ValueError(f"{', '.join(repeated)} is there more than once")
         return names
+
+    @field_validator("chat_template")
+    @classmethod
+    def _is_jinja(cls, value: str | None) -> str | None:
+        if value is not None and "{" not in value:  # a constant, which shows no message
+            raise ValueError(f"{value!r} is not a Jinja template: write its text, not a file or a template's name")
+        return value
 
     @field_validator("template_arguments")
     @classmethod

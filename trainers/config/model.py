@@ -24,9 +24,14 @@ def _fits_a_path(value: str) -> str:
 ModelPath = Annotated[str, AfterValidator(_fits_a_path)]
 
 
+def is_model_path(model: str) -> bool:
+    """Check whether the name of a model can only be a path; any other may be an id on the Hugging Face hub."""
+    return model.startswith(("/", ".", "~"))
+
+
 def is_hub_id(model: str) -> bool:
     """Check whether a `model.path` (absolute, if it is a directory) is an id on the Hugging Face hub."""
-    return bool(model) and not model.startswith(("/", ".", "~")) and not Path(model).is_dir()
+    return bool(model) and not is_model_path(model) and not Path(model).is_dir()
 
 
 class TokenizerSettings(Settings):

@@ -17,6 +17,7 @@ from outlast.checkpointing.error_hints import first_line
 from outlast.checkpointing.errors import ConfigError
 from outlast.checkpointing.storage.regular_files import read_small_file
 from outlast.trainers.config.adapter_directory import base_of, is_adapter_directory
+from outlast.trainers.config.model import is_model_path
 
 _CONNECT_TIMEOUT_S = 5.0
 _MAX_HOLES = 2**20  #: token ids without a token
@@ -79,7 +80,7 @@ def has_chat_template(path: str) -> bool:
 
 
 def _load_tokenizer(path: str) -> Tokenizer:
-    if path.startswith(("/", ".", "~")) and not Path(path).is_dir():
+    if is_model_path(path) and not Path(path).is_dir():
         raise ConfigError(f"model directory {path} does not exist", hint="set model.path to a directory or a hub id")
     _check_hub_connection(path)
     _check_own_files(Path(path))

@@ -88,7 +88,7 @@ class Prepared:
     num_empty: Mapping[str, int] = field(default_factory=dict)
 
     def tokenizer(self, storage: Storage) -> Tokenizer:
-        """Load the run's tokenizer as it was when the data was prepared."""
+        """Load the run's tokenizer as it was when the data was prepared. Raises DamagedError if it cannot be."""
         prefix = "tokenizer/"
         names = [entry.path for entry in self.files if entry.path.startswith(prefix)]
         with tempfile.TemporaryDirectory() as folder:
@@ -96,7 +96,11 @@ class Prepared:
                 target = Path(folder) / name.removeprefix(prefix)
                 target.parent.mkdir(parents=True, exist_ok=True)
                 target.write_bytes(read_bytes(storage, f"{self.directory}/{name}"))
-            return load_tokenizer(folder)
+            try:
+                return load_tokenizer(folder)
+            except ConfigError as error:
+                message = error.message.replace(folder, f"{self.directory}/tokenizer")
+                raise DamagedError(message, hint=PREPARE) from error
 
     def split(self, storage: Storage, name: str) -> Samples:
         """Open the samples of `train` or `eval`; from a local copy when the storage is not a file system.

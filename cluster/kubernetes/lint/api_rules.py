@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from outlast.cluster.kubernetes.accessors import CLUSTER, LintComplaint, mapping, mappings, worker_groups
+from outlast.cluster.kubernetes.quantity import quantity_value
 
 _LABEL = r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?"
 _SUBDOMAIN = rf"(?=.{{1,253}}$){_LABEL}(\.{_LABEL})*"
@@ -19,8 +20,6 @@ _KEY = rf"({_SUBDOMAIN.replace('1,253', '1,400')}/)?[A-Za-z0-9]([-A-Za-z0-9_.]{{
 _PORT_NAME = r"(?=.*[a-z])(?!.*--)[a-z0-9]([-a-z0-9]{0,13}[a-z0-9])?"
 _VARIABLE = r"[^=\x00-\x1f\x7f-\uffff]+"
 _IMAGE = r"[\w.:/-]+(@[\w.+-]+:[0-9a-fA-F]+)?"
-_QUANTITY = r"\+?(\d+(\.\d*)?|\.\d+)([KMGTPE]i|[numkMGTPE]|[eE][+-]?\d+)?"
-_UNITS = ["n", "u", "m", "", "k", "M", "G", "T", "P", "E"]
 _MAX_INT = 2**31 - 1
 _MAX_ANNOTATIONS = 256 * 1024
 #: Fields that are whole numbers, and their smallest value.
@@ -147,18 +146,6 @@ def _resources(where: str, resources: Mapping[str, Any]) -> Iterator[LintComplai
             yield f"{where}.requests.{name}", f"{request} exceeds the limit of {limits[name]}"
         if "." in str(name).partition("/")[0] and "/" in str(name) and name not in limits:
             yield f"{where}.limits.{name}", "is missing: the limit of an extended resource must equal its request"
-
-
-def quantity_value(value: Any) -> float | None:
-    """Return a Kubernetes quantity as a number; None if it is none."""
-    if isinstance(value, bool) or not (match := re.fullmatch(_QUANTITY, str(value))):
-        return None
-    number, unit = str(value).removesuffix(match[3] or ""), match[3] or ""
-    if unit[:1] in ("e", "E") and len(unit) > 1 and unit != "Ei":
-        return float(f"{number}{unit}")
-    if unit.endswith("i"):
-        return float(number) * 1024.0 ** ("KMGTPE".index(unit[0]) + 1)
-    return float(number) * 1000.0 ** (_UNITS.index(unit) - 3)
 
 
 def _quantity(where: str, value: Any) -> Iterator[LintComplaint]:

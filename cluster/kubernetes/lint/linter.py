@@ -46,18 +46,27 @@ _HINT = "give what `outlast k8s render` prints"
 def read_objects(text: str) -> list[dict[str, Any]]:
     """Return the objects of a YAML stream, those in a `List` included. Raises ConfigError if it holds anything else."""
     try:
-        documents = [item for item in yaml.safe_load_all(text) if item is not None]
-    except (yaml.YAMLError, ValueError) as error:
-        raise ConfigError(f"not YAML: {' '.join(str(error).split())}", hint=_HINT) from error
-    objects = [item for document in documents for item in _objects_in(document)]
+        objects = [item for document in _documents(text) for item in _objects_in(document)]
+    except RecursionError as error:
+        raise ConfigError("a document contains itself, or is nested too deeply", hint=_HINT) from error
     if not objects:
         raise ConfigError("the input holds no objects", hint=_HINT)
     return objects
 
 
+def _documents(text: str) -> list[Any]:
+    try:
+        return [item for item in yaml.safe_load_all(text) if item is not None]
+    except (yaml.YAMLError, ValueError) as error:
+        raise ConfigError(f"not YAML: {' '.join(str(error).split())}", hint=_HINT) from error
+
+
 def _objects_in(document: Any) -> Iterator[dict[str, Any]]:
     if not isinstance(document, dict) or not document.get("kind") or not document.get("apiVersion"):
         raise ConfigError("a document is not a Kubernetes object: apiVersion or kind is missing", hint=_HINT)
+    for key in ("apiVersion", "kind"):
+        if not isinstance(document[key], str):
+            raise ConfigError(f"{key} {document[key]!r} of an object is not a text", hint=_HINT)
     if document["kind"] != "List":
         yield document
         return

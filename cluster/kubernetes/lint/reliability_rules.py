@@ -127,7 +127,7 @@ def _termination(role: str, group: Mapping[str, Any]) -> Iterator[LintComplaint]
     """Check the drain timeout against the grace period, and whether a worker can be evicted."""
     grace = mapping(group, "template", "spec").get("terminationGracePeriodSeconds", _GRACE_DEFAULT_S)
     value = env_variables(first_container(group)).get(_DRAIN)
-    drain = float(value) if value and re.fullmatch(r"\d+(\.\d+)?", str(value)) else _DRAIN_DEFAULT_S
+    drain = float(str(value)) if value and re.fullmatch(r"\d+(\.\d+)?", str(value)) else _DRAIN_DEFAULT_S
     if isinstance(grace, int) and drain >= grace:
         limit = f"{_DRAIN} ({drain:g} s) must be less than terminationGracePeriodSeconds ({grace})"
         yield role, f"{limit}, or the save in a node's last seconds never runs"

@@ -1,7 +1,6 @@
 """Mismatches between a RayJob and the run file in its ConfigMap. Pure; no rule trusts the shape of what it reads."""
 
 import math
-import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -19,6 +18,7 @@ from outlast.cluster.kubernetes.accessors import (
     worker_groups,
 )
 from outlast.cluster.kubernetes.pod_paths import is_under, pod_path
+from outlast.cluster.kubernetes.quantity import quantity_value
 
 
 def run_file_mismatches(
@@ -33,7 +33,14 @@ def run_file_mismatches(
         [run] = [yaml.safe_load(text) for text in texts if isinstance(text, str)]
     except (ValueError, yaml.YAMLError):
         return
-    scale = mapping(run, "scale")
+    yield from _worker_mismatches(job, mapping(run, "scale"))
+    present = {key for name in names for key in config_maps.get(name, ())}
+    for key, location in _locations(run):
+        if not location.startswith("$") and (key == "checkpoint.storage" or location not in present):
+            yield from _location_mismatches(cluster, key, location)
+
+
+def _worker_mismatches(job: Mapping[str, Any], scale: Mapping[str, Any]) -> Iterator[LintComplaint]:
     workers = scale.get("workers", 1)
     counts = [number for number in (workers if isinstance(workers, list) else [workers]) if isinstance(number, int)]
     limits = [group.get("maxReplicas") for _, group in worker_groups(job)]  # the CRD's default is no limit
@@ -48,18 +55,17 @@ def run_file_mismatches(
         pod_gpus = mapping(first_container(group), "resources", "limits").get("nvidia.com/gpu", 0)
         if isinstance(gpus, int) and str(pod_gpus) != str(gpus):
             yield where, f"{pod_gpus} GPUs in each pod, but scale.gpus_per_worker is {gpus}"
-    present = {key for name in names for key in config_maps.get(name, ())}
-    for key, location in _locations(run):
-        if location.startswith("$") or (key != "checkpoint.storage" and location in present):
-            continue
-        try:
-            path = pod_path(key, location)
-        except ConfigError as error:
-            text = error.message if key in error.message else f"{key}: {error.message}"
-            yield "run.yaml", f"{text}; {error.hint}"
-            continue
-        if key == "checkpoint.storage" and path:
-            yield from _unmounted(cluster, path)
+
+
+def _location_mismatches(cluster: Mapping[str, Any], key: str, location: str) -> Iterator[LintComplaint]:
+    try:
+        path = pod_path(key, location)
+    except ConfigError as error:
+        text = error.message if key in error.message else f"{key}: {error.message}"
+        yield "run.yaml", f"{text}; {error.hint}"
+        return
+    if key == "checkpoint.storage" and path:
+        yield from _unmounted(cluster, path)
 
 
 def _locations(run: Any) -> Iterator[tuple[str, str]]:
@@ -97,6 +103,6 @@ def _cpus(group: Mapping[str, Any]) -> int | None:
         mapping(resources, "limits").get("cpu"),
         mapping(resources, "requests").get("cpu"),
     ):
-        if match := re.fullmatch(r"(\d+(?:\.\d+)?)(m?)", str(value)):
-            return math.ceil(float(match[1]) / (1000 if match[2] else 1))
+        if (number := quantity_value(value)) is not None and math.isfinite(number):
+            return math.ceil(number)
     return None

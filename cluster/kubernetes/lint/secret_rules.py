@@ -70,19 +70,25 @@ def _inline(command: str) -> list[str]:
     return [name for name, value in _INLINE.findall(command) if is_credential(name, value)]
 
 
-def _credential_paths(value: Any, path: tuple[str, ...] = ()) -> Iterator[str]:
-    """Yield the key paths of apparent credentials in nested settings."""
+def _credential_paths(value: Any, path: tuple[str, ...] = (), within: tuple[int, ...] = ()) -> Iterator[str]:
+    """Yield the key paths of apparent credentials in nested settings.
+
+    `within` are the ids of those around `value`, which an alias of YAML may put into themselves.
+    """
+    if id(value) in within:
+        return
+    within = (*within, id(value))
     if isinstance(value, Mapping):
         for key, item in value.items():
             if is_credential(str(key), item):
                 yield ".".join((*path, str(key)))
-            yield from _credential_paths(item, (*path, str(key)))
+            yield from _credential_paths(item, (*path, str(key)), within)
     for number, item in enumerate(value if isinstance(value, list) else []):
-        yield from _credential_paths(item, (*path, str(number)))
+        yield from _credential_paths(item, (*path, str(number)), within)
 
 
 def _parsed(text: Any) -> Any:
     try:
         return yaml.safe_load(text) if isinstance(text, str) else None
-    except (yaml.YAMLError, ValueError):
+    except (yaml.YAMLError, ValueError, RecursionError):
         return None

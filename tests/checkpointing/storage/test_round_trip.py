@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import pytest
@@ -12,7 +12,7 @@ from outlast.checkpointing.checkpointer import Checkpointer
 from outlast.checkpointing.errors import StorageRefused
 from outlast.checkpointing.run_store.claims import list_attempts, list_checkpoints_of
 from outlast.checkpointing.run_store.store import RunStore
-from outlast.checkpointing.storage.base import walk
+from outlast.checkpointing.storage.base import Buffer, walk
 from outlast.checkpointing.storage.local import LocalStorage
 from outlast.checkpointing.storage.object_store import ObjectStorage
 from outlast.checkpointing.storage.round_trip import check_round_trip
@@ -56,6 +56,24 @@ def test_a_probe_passes_and_leaves_nothing(odd: tuple[Proxy, ObjectStorage], tmp
     for storage in (odd[1], LocalStorage(tmp_path)):
         check_round_trip(storage, "y/probe")
         assert not [entry for entry in walk(storage, "y") if entry.num_bytes]
+
+
+@pytest.mark.parametrize("content", [None, b"other"], ids=["kept", "changed"])
+def test_a_store_that_refuses_to_delete_is_judged_by_its_bytes(tmp_path: Path, content: bytes | None) -> None:
+    """A bucket under retention keeps what it has, and that is not what the probe asks."""
+
+    class Locked(LocalStorage):
+        def put(self, path: str, chunks: Iterable[Buffer]) -> None:
+            super().put(path, chunks if content is None else [content])
+
+        def delete(self, path: str) -> None:
+            raise StorageRefused(f"cannot delete {path}", hint="")
+
+    if content is None:
+        check_round_trip(Locked(tmp_path), "probe")
+    else:
+        with pytest.raises(StorageRefused, match="does not read back"):
+            check_round_trip(Locked(tmp_path), "probe")
 
 
 @pytest.mark.parametrize("mischief", MANGLING)

@@ -123,3 +123,9 @@ def test_verify_names_the_damage(finished: Path, tmp_path: Path) -> None:
     assert "damaged" in outlast("checkpoints", "verify", str(copy), "10", code=5).stdout
     assert "/checkpoint-9" in outlast("checkpoints", "verify", str(copy), "newest", code=5).stdout
     assert "/model" in outlast("checkpoints", "verify", str(copy), "model").stdout
+
+
+def test_a_storage_that_does_not_exist_has_no_runs(tmp_path: Path) -> None:
+    assert outlast("list", "--storage", str(tmp_path)).stderr.strip() == f"no runs in {tmp_path}"
+    missing = tmp_path / "typo"
+    assert outlast("list", "--storage", str(missing)).stderr.strip() == f"no runs in {missing}, which is no directory"

@@ -67,7 +67,7 @@ def test_what_is_needed_here_or_wrong_anyhow_is_found(run_file: Path, override: 
 @pytest.mark.parametrize(
     ("arguments", "code", "text"),
     [
-        (["submit", "far.yaml", "--dry-run"], 0, ""),
+        (["submit", "far.yaml", "--dry-run"], 0, "sends  run.yaml"),
         (
             ["submit", "far.yaml", "--address", AT],
             3,

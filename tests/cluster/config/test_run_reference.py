@@ -98,3 +98,10 @@ def test_the_nearest_run_is_named(
     error = capsys.readouterr().err
     assert ended.value.code == code, error
     assert "did you mean 'far-run'?" in error
+
+
+def test_objects_are_no_run_file(tmp_path: Path) -> None:
+    file = tmp_path / "run-k8s.yaml"
+    file.write_text("apiVersion: v1\nkind: ConfigMap\n---\napiVersion: ray.io/v1\nkind: RayJob\n")
+    with pytest.raises(ConfigError, match="is no run file: it holds objects of Kubernetes"):
+        run_name(str(file))

@@ -120,7 +120,7 @@ def submit(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, 
         (lambda code: (code / "a.py").symlink_to("nothing"), "a.py is a broken link"),
         (lambda code: (code / "a.py").symlink_to("a.py"), "a.py is a broken link"),
         (lambda code: os.mkfifo(code / "a.py"), "a.py is no file, but a pipe"),
-        (lambda code: (code / ".outlastignore").write_text("!\n"), "an ignore file in"),
+        (lambda code: (code / ".outlastignore").write_text("!\n"), ".outlastignore is not valid"),
     ],
     ids=["missing", "file", "loop", "dangling", "own-loop", "fifo", "ignore-file"],
 )
@@ -206,6 +206,8 @@ def test_ignore_files(tmp_path: Path, in_repository: bool) -> None:
     assert sent(code).keys() == expected
     lines = list(describe_bundle(code, ship=False))
     assert "ignores  build/" in lines
+    (code / ".outlastignore").write_text("private/\n**/deep.py\n!/a.json\npkg/b.json\n")
+    assert "pkg/b.json" not in sent(code), "it has the last word over a nearer .gitignore"
     assert {line.split()[1] for line in lines if line.startswith("sends")} >= expected
 
 

@@ -205,7 +205,7 @@ def test_a_second_signal_quits_at_once(start: Callable[..., subprocess.Popen[str
         process.send_signal(signal.SIGINT)
     code, out, err = ended(process)
     assert (code, out) == (130, "")
-    assert err.startswith("run: quit immediately; nothing is saved; to go on: outlast train ")
+    assert err.startswith("run: quit immediately; nothing is saved; to resume: outlast train ")
     assert read_status(RunStore(LocalStorage(tmp_path), "run"))["state"] == "stopped"
 
 

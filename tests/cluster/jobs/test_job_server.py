@@ -95,6 +95,7 @@ def silent_server(*, accepts: bool) -> Iterator[str]:
     [
         ("HEAD:8265", "http://HEAD:8265"),
         ("head", "http://head:8265"),
+        ("head:", "http://head:8265"),
         (" 10.0.0.1 ", "http://10.0.0.1:8265"),
         ("head:80", "http://head:80"),
         ("::1", "http://[::1]:8265"),

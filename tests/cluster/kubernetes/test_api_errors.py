@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 
 from outlast.checkpointing.errors import ConfigError, OutlastError, PreflightError
 from outlast.cluster.cli.main import app
-from outlast.cluster.kubernetes.api_errors import Answer, explained
+from outlast.cluster.kubernetes.api_errors import Refusal, error_for
 from outlast.cluster.kubernetes.client import KubernetesNamespace
 from outlast.cluster.kubernetes.render import to_yaml
 from tests.support.kubernetes.api_server import KINDS, Api, small_api
@@ -122,7 +122,7 @@ def test_every_wrong_field_is_named(api: Api, objects: Objects) -> None:
     ],
 )
 def test_hints(status: int, message: str, kind: str, expected: type[OutlastError], hint: str) -> None:
-    error = explained(Answer(status, message, f"{kind}/r", "ml"))
+    error = error_for(Refusal(status, message, f"{kind}/r", "ml"))
     assert type(error).exit_code == expected.exit_code
     assert hint in error.hint
     assert error.message.startswith(f"{kind}/r: ")

@@ -11,8 +11,8 @@ from typer.testing import CliRunner
 
 from outlast.checkpointing.errors import ConfigError
 from outlast.cluster.cli.main import app
-from outlast.cluster.kubernetes.lint.api_rules import quantity_value
 from outlast.cluster.kubernetes.lint.linter import lint
+from outlast.cluster.kubernetes.quantity import quantity_value
 from outlast.cluster.kubernetes.settings import is_schedule
 from outlast.cluster.preflight.finding import Level
 from tests.cluster.kubernetes.test_lint import HEAD, WORKER_POD, WORKERS, found_at
@@ -141,3 +141,11 @@ def test_a_schedule_has_the_rules_of_its_job() -> None:
     failed = [finding.text for finding in lint([cron_job]) if finding.level is Level.FAILED]
     for expected in ("at most 36", "spec.schedule", "spec.timeZone", "spec.jobTemplate.backoffLimit: "):
         assert any(expected in text for text in failed), failed
+
+
+def test_a_folder_is_answered_with_the_command_that_prints_it(tmp_path: Path) -> None:
+    for command in ("lint", "apply"):
+        result = CliRunner().invoke(app, ["k8s", command, str(tmp_path)])
+        assert isinstance(result.exception, ConfigError)
+        assert result.exception.message == f"{tmp_path} is a folder"
+        assert result.exception.hint.startswith(f"`kubectl kustomize {tmp_path}` prints what it makes")

@@ -82,6 +82,17 @@ def test_apply_lints_first(api: Api, objects: Objects) -> None:
     assert api.names("v1", "configmaps") in ([], ["kube-root-ca.crt"])
 
 
+@pytest.mark.parametrize(
+    "value", ["!!binary aGVsbG8=", ".nan", "!!set {a, b}", "&a [*a]"], ids=["binary", "nan", "set", "cycle"]
+)
+def test_what_json_has_not_is_named_before_anything_is_applied(api: Api, objects: Objects, value: str) -> None:
+    text = f"apiVersion: v1\nkind: ConfigMap\nmetadata: {{name: odd}}\ndata: {{a: {value}}}\n"
+    done = outlast("apply", "-", given=f"{to_yaml(objects)}---\n{text}")
+    assert isinstance(done.exception, ConfigError), done.exception
+    assert "configmap/odd cannot be sent as JSON" in done.exception.message
+    assert api.names("v1", "serviceaccounts") in ([], ["default"])
+
+
 def test_status(api: Api, objects: Objects) -> None:
     KubernetesNamespace().apply(objects)
     api.set_status(
@@ -276,7 +287,7 @@ def test_no_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_no_configuration(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("KUBECONFIG", str(tmp_path / "nowhere"))
     monkeypatch.setenv("HOME", str(tmp_path))
-    with pytest.raises(PreflightError, match="no cluster is configured"):
+    with pytest.raises(PreflightError, match=r"no cluster is configured: there is no file .*/nowhere"):
         KubernetesNamespace()
 
 

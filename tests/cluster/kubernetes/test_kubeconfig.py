@@ -157,3 +157,14 @@ def test_in_a_pod(secure: Api, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     cluster = KubernetesNamespace()
     assert cluster.namespace == "team"
     assert cluster.jobs("my-run") == []
+
+
+@pytest.mark.parametrize(
+    "content", [b"- x\n", b"\xff\xfe", b"clusters: 3\ncontexts: [1]\ncurrent-context: []\n"], ids=str
+)
+def test_a_malformed_kubeconfig_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: bytes) -> None:
+    (tmp_path / "config").write_bytes(content)
+    monkeypatch.setenv("KUBECONFIG", str(tmp_path / "config"))
+    with pytest.raises(PreflightError, match="is malformed") as caught:
+        KubernetesNamespace()
+    assert "kubectl config view" in caught.value.hint

@@ -398,6 +398,41 @@ def test_invalid_input() -> None:
         read_objects("name: my-run\n")
 
 
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("apiVersion: v1\nkind: [x]\n", "kind .* is not a text"),
+        ("apiVersion: 1\nkind: x\n", "apiVersion 1 of an object is not a text"),
+        ("&a\napiVersion: v1\nkind: List\nitems: [*a]\n", "contains itself"),
+        ("apiVersion: v1\nkind: x\na: " + "[" * 3000 + "]" * 3000, "nested too deeply"),
+    ],
+    ids=["kind", "version", "cycle", "depth"],
+)
+def test_odd_documents(text: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        read_objects(text)
+
+
+def test_a_config_map_whose_yaml_contains_itself() -> None:
+    data = {"run.yaml": "&a {b: *a, api_key: abc}", "deep.yaml": "[" * 3000}
+    item = {"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": "odd"}, "data": data}
+    [finding] = lint([item])
+    assert "api_key looks like a credential" in finding.text
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        ((*WORKER_POD, "containers", 0, "resources", "requests", "cpu"), "9" * 400),
+        ((*WORKER_POD, "containers", 0, "env"), [{"name": "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S", "value": 10**400}]),
+    ],
+)
+def test_numbers_beyond_every_limit_are_read(tmp_path: Path, path: tuple[Any, ...], value: Any) -> None:
+    objects = rendered(tmp_path, "claim")
+    put(objects[-1], path, value)
+    lint(objects)
+
+
 def test_lists_are_unpacked(tmp_path: Path) -> None:
     objects = rendered(tmp_path, "claim")
     nested = {"apiVersion": "v1", "kind": "List", "items": objects[1:]}

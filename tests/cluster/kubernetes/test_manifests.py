@@ -174,7 +174,8 @@ def test_what_validate_refuses_render_and_lint_refuse(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, storage: str, train: str | None
 ) -> None:
     monkeypatch.setenv("EMPTY", "")
-    body = {"name": "my-run", "model": {"path": "org/model"}, "data": {"train": train or "s3://bucket/x.jsonl"}}
+    (data := tmp_path / "x.jsonl").write_text('{"text": "a text"}\n')
+    body = {"name": "my-run", "model": {"path": "org/model"}, "data": {"train": train or str(data)}}
     run_file, manifests = tmp_path / "run.yaml", tmp_path / "rendered.yaml"
     run_file.write_text(yaml.safe_dump(body | {"checkpoint": {"storage": storage}}))
     for command in (["validate"], ["k8s", "render"]):

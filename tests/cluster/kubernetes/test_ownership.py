@@ -19,18 +19,10 @@ from outlast.cluster.kubernetes.client import KubernetesNamespace
 from outlast.cluster.kubernetes.ownership import ID_ANNOTATION, Deletion, identity_of, owner
 from outlast.cluster.kubernetes.render import render, to_yaml
 from outlast.cluster.kubernetes.settings import k8s_settings
-from tests.support.kubernetes.api_server import Api
+from tests.support.kubernetes.api_server import Api, small_api
 from tests.support.kubernetes.manifests import RELEASE, Objects, read_run, rendered
 
 RUN_LABEL = "outlast/run"
-PLURALS = {
-    "RayJob": "rayjobs",
-    "NetworkPolicy": "networkpolicies",
-    "PodDisruptionBudget": "poddisruptionbudgets",
-    "ConfigMap": "configmaps",
-    "ServiceAccount": "serviceaccounts",
-    "PersistentVolumeClaim": "persistentvolumeclaims",
-}
 
 
 def outlast(*arguments: str, given: str = "") -> Result:
@@ -42,6 +34,7 @@ def left(api: Api) -> list[str]:
     rows = [
         f"{plural}/{name}"
         for plural, version in (
+            ("raycronjobs", "ray.io/v1"),
             ("rayjobs", "ray.io/v1"),
             ("configmaps", "v1"),
             ("serviceaccounts", "v1"),
@@ -177,6 +170,42 @@ def test_two_runs_of_one_name(api: Api, tmp_path: Path) -> None:
     assert done.exit_code == 0, done.output
     assert [row for row in left(api) if "ann" in row] == []
     assert [row for row in left(api) if "bob" in row] == [row for row in before if "bob" in row]
+
+
+def test_apply_takes_over_no_run_of_the_same_name(api: Api, objects: Objects, tmp_path: Path) -> None:
+    """The first run's RayJob would go on in the second one's storage, from step 0."""
+    KubernetesNamespace().apply(objects)
+    before = api.get("my-run")["spec"]
+    (tmp_path / "bob").mkdir()
+    theirs = render(*read_run(tmp_path / "bob", "/data/bob"), k8s_settings(**RELEASE))
+    with pytest.raises(ConfigError, match="belongs to another run named my-run") as caught:
+        KubernetesNamespace().apply(theirs)
+    assert "--name" in caught.value.hint
+    assert "outlast k8s delete my-run" in caught.value.hint
+    assert api.get("my-run")["spec"] == before
+
+
+def test_a_schedule_is_deleted_first(api: Api, tmp_path: Path) -> None:
+    """Left, it would start RayJobs whose ConfigMap and account are gone."""
+    objects = render(*read_run(tmp_path, "/data/runs"), k8s_settings(**RELEASE, schedule="@daily"))
+    KubernetesNamespace().apply([item for item in objects if api.knows(item["apiVersion"])])
+    for verb in ("status", "suspend", "resume"):
+        done = outlast(verb, "my-run")
+        assert isinstance(done.exception, PreflightError), verb
+        assert done.exception.message.startswith("raycronjob/my-run makes the RayJobs of run my-run")
+    assert delete("my-run")[0] == "raycronjob/my-run deleted"
+    assert left(api) == ["persistentvolumeclaims/my-run-storage"]
+
+
+@pytest.mark.parametrize(
+    "server", [{"without": "RayCronJob"}, {"refusals": {"list raycronjobs": (403, "raycronjobs is forbidden")}}]
+)
+def test_a_cluster_without_schedules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, server: dict[str, Any]) -> None:
+    """KubeRay before 1.6 has no RayCronJob; a role for RayJobs may not list them."""
+    with small_api(tmp_path, **server) as api:
+        monkeypatch.setenv("KUBECONFIG", str(api.kubeconfig))
+        KubernetesNamespace().apply(rendered(tmp_path, "claim"))
+        assert delete("my-run")[0] == "rayjob/my-run deleted"
 
 
 def test_a_run_file_of_another_storage(api: Api, objects: Objects, tmp_path: Path) -> None:

@@ -13,9 +13,11 @@ import pyarrow as pa
 import pytest
 import yaml
 from pyarrow import feather, parquet
+from typer.testing import CliRunner
 
 from outlast.checkpointing.errors import ConfigError
 from outlast.checkpointing.storage.local import LocalStorage
+from outlast.cluster.cli.main import app
 from outlast.cluster.config.run_file import load_run
 from outlast.cluster.preflight import validate as validate_module
 from outlast.cluster.preflight.estimate import describe, estimate_run
@@ -231,6 +233,8 @@ def test_a_tokenizer_without_a_chat_template_is_found_before_the_preparation(run
     assert found.finding.message == "the tokenizer has no chat template, which conversations need"
     template = "data.chat_template='{% for m in messages %}{{ m.content }}{% endfor %}'"
     assert validate(run_file, [*given, template]) == []
+    [found] = validate(run_file, [*given, "data.chat_template=chat.jinja"])
+    assert found.finding.message.startswith("'chat.jinja' is not a Jinja template: write its text")
     model = tmp_path / "base"
     model.mkdir()
     (model / "config.json").write_text('{"model_type": "gpt2"}')
@@ -238,3 +242,12 @@ def test_a_tokenizer_without_a_chat_template_is_found_before_the_preparation(run
         (model / "tokenizer_config.json").write_text(json.dumps(body))
         found_here = validate(run_file, [*given, "model.tokenizer=null", f"model.path={model}", "model.config=null"])
         assert sum("no chat template" in item.finding.message for item in found_here) == errors
+
+
+def test_rows_of_an_error_are_shown_line_by_line(run_file: str, tmp_path: Path) -> None:
+    given = [f"data.train={written(tmp_path / 'rows.jsonl', ALPACA)}", "data.eval=20%", "model.task=chat"]
+    given.append("data.chat_template='{{ bos_token }}'")
+    options = [part for item in given for part in ("-s", item)]
+    lines = CliRunner().invoke(app, ["validate", run_file, "--deep", *options]).stdout.splitlines()
+    assert lines[0].endswith("; the first ones:")
+    assert lines[1] == f"  {tmp_path}/rows.jsonl, row 1: the chat template does not show the answer in message 2"

@@ -34,7 +34,7 @@ KINDS = {
     },
     "networking.k8s.io/v1": {"NetworkPolicy": "networkpolicies"},
     "policy/v1": {"PodDisruptionBudget": "poddisruptionbudgets"},
-    "ray.io/v1": {"RayJob": "rayjobs"},
+    "ray.io/v1": {"RayJob": "rayjobs", "RayCronJob": "raycronjobs"},
 }
 #: A part of the schemas: the fields of RayJob's spec in KubeRay 1.7, by type.
 _RAYJOB: dict[type, str] = {
@@ -321,6 +321,8 @@ class Handler(BaseHTTPRequestHandler):
         if plural not in self.kinds.get(version, {}).values():
             raise Refused(404, "the server could not find the requested resource")
         if match["name"] is None and self.command == "GET":
+            if refused := self.store.refusals.get(f"list {plural}"):
+                raise Refused(*refused)
             return self._list(version, plural, namespace, query)
         name = match["name"] or body["metadata"]["name"]
         key = (version, plural, namespace, name)
@@ -383,10 +385,15 @@ def small_api(
 ) -> Iterator[Api]:
     """The small one.
 
-    `without` names a group and version that it does not know, `late` those that it knows only after some requests;
-    `refusals` are its answers to writes, by plural. With `tls` it has the `certificate`.
+    `without` names a group and version, or a kind, that it does not know, `late` those that it knows only after some
+    requests; `refusals` are its answers to writes, by plural, and to lists, by `list` and the plural. With `tls` it has
+    the `certificate`.
     """
-    kinds = {version: rows for version, rows in KINDS.items() if version != without}
+    kinds = {
+        version: {kind: plural for kind, plural in rows.items() if kind != without}
+        for version, rows in KINDS.items()
+        if version != without
+    }
     store = Store()
     store.refusals.update(refusals or {})
     handler = type("Bound", (Handler,), {"store": store, "kinds": kinds, "late": dict(late or {})})

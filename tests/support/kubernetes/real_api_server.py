@@ -81,8 +81,9 @@ def _wait(api: Api, log: Path) -> None:
             if time.monotonic() > deadline:
                 raise AssertionError(f"no API server:\n{log.read_text()[-3000:]}") from error
             time.sleep(0.5)
-    with (CRDS / "ray.io_rayjobs.yaml").open() as file:
-        add_kind(api, _without_empty_defaults(yaml.load(file, Loader=yaml.CSafeLoader)), deadline)
+    for kind in ("rayjobs", "raycronjobs"):
+        with (CRDS / f"ray.io_{kind}.yaml").open() as file:
+            add_kind(api, _without_empty_defaults(yaml.load(file, Loader=yaml.CSafeLoader)), deadline)
 
 
 def _without_empty_defaults(value: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -62,3 +63,9 @@ def test_another_number_of_samples_is_damage(made: Prepared, config: TrainingCon
     with pytest.raises(DamagedError, match=r"train.arrow: \d+ samples instead of 1000000"):
         found.split(storage, "train")
     assert len(found.split(storage, "eval")) == made.num_eval_samples
+
+
+def test_data_without_its_tokenizer_is_damage(made: Prepared, storage: LocalStorage) -> None:
+    kept = tuple(entry for entry in made.files if not entry.path.endswith("tokenizer.json"))
+    with pytest.raises(DamagedError, match=f"{made.directory}/tokenizer'"):
+        replace(made, files=kept).tokenizer(storage)
