@@ -8,6 +8,7 @@ delete, and only regular files are opened: a run may come from anywhere.
 
 import contextlib
 import errno
+import io
 import os
 import re
 import secrets
@@ -21,6 +22,8 @@ from outlast.checkpointing.storage.regular_files import SpecialFileError, open_r
 
 _REFUSALS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR}
 #: Of `put`; outlast wrote no others that end alike.
+#: Tries to create a file whose directory other processes may delete at the same time.
+_NUM_TRIES = 20
 _TEMPORARY = re.compile(r"\..+\.[0-9a-f]{8}\.tmp")
 
 
@@ -63,10 +66,10 @@ class LocalStorage:
         target = self.path(path)
         temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
         with _storage_errors("write", target):
-            _make_dirs(target.parent)
             _refuse_special(target)
+            file = _create(temporary)
             try:
-                with open(temporary, "xb", buffering=0) as file:
+                with file:
                     for chunk in chunks:
                         _write_all(file.fileno(), memoryview(chunk))
                         del chunk  # the next one may need its memory
@@ -156,6 +159,16 @@ def _write_all(fd: int, view: memoryview) -> None:
     view = view.cast("B") if view.nbytes else view[:0]
     while view.nbytes:
         view = view[os.write(fd, view) :]
+
+
+def _create(path: Path) -> io.FileIO:
+    """Create a file and its directories; these may vanish while another process deletes the only file in them."""
+    for _ in range(_NUM_TRIES):
+        with contextlib.suppress(FileNotFoundError):
+            _make_dirs(path.parent)
+            return open(path, "xb", buffering=0)
+    _make_dirs(path.parent)
+    return open(path, "xb", buffering=0)
 
 
 def _make_dirs(path: Path) -> None:
