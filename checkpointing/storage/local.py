@@ -8,22 +8,23 @@ delete, and only regular files are opened: a run may come from anywhere.
 
 import contextlib
 import errno
-import io
 import os
 import re
 import secrets
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import repeat
 from pathlib import Path
 from typing import BinaryIO
 
 from outlast.checkpointing.errors import NotAFileError, StorageError, StorageRefused
 from outlast.checkpointing.storage.base import Buffer, Entry
 from outlast.checkpointing.storage.regular_files import SpecialFileError, open_regular, special_kind
+from outlast.checkpointing.storage.retry import call_with_retries
 
 _REFUSALS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR}
+#: Of a small file whose directory was deleted meanwhile.
+_NUM_REPEATS = 20
 #: Of `put`; outlast wrote no others that end alike.
-#: Tries to create a file whose directory other processes may delete at the same time.
-_NUM_TRIES = 20
 _TEMPORARY = re.compile(r"\..+\.[0-9a-f]{8}\.tmp")
 
 
@@ -64,22 +65,12 @@ class LocalStorage:
 
     def put(self, path: str, chunks: Iterable[Buffer]) -> None:
         target = self.path(path)
-        temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
+        # A deletion of the only file in a directory takes the directory along, and what is being written there.
+        pauses_s = repeat(0.0, _NUM_REPEATS) if isinstance(chunks, Sequence) else ()
         with _storage_errors("write", target):
-            _refuse_special(target)
-            file = _create(temporary)
-            try:
-                with file:
-                    for chunk in chunks:
-                        _write_all(file.fileno(), memoryview(chunk))
-                        del chunk  # the next one may need its memory
-                    os.fsync(file.fileno())
-                os.replace(temporary, target)
-            except BaseException:
-                with contextlib.suppress(OSError):
-                    temporary.unlink()
-                raise
-            _sync(target.parent)
+            call_with_retries(
+                lambda: _write(target, chunks), pauses_s, lambda error: isinstance(error, FileNotFoundError)
+            )
 
     def sync(self, path: str) -> None:
         """Make files that other programs wrote below a directory durable, bottom up. Raises StorageError."""
@@ -155,20 +146,29 @@ def _entry(item: os.DirEntry[str], follow: bool) -> Entry | None:
     return Entry(item.name, found.st_size, special_kind(found.st_mode))
 
 
+def _write(target: Path, chunks: Iterable[Buffer]) -> None:
+    """Write a file, atomically and durably."""
+    temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
+    _make_dirs(target.parent)
+    _refuse_special(target)
+    try:
+        with open(temporary, "xb", buffering=0) as file:
+            for chunk in chunks:
+                _write_all(file.fileno(), memoryview(chunk))
+                del chunk  # the next one may need its memory
+            os.fsync(file.fileno())
+        os.replace(temporary, target)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise
+    _sync(target.parent)
+
+
 def _write_all(fd: int, view: memoryview) -> None:
     view = view.cast("B") if view.nbytes else view[:0]
     while view.nbytes:
         view = view[os.write(fd, view) :]
-
-
-def _create(path: Path) -> io.FileIO:
-    """Create a file and its directories; these may vanish while another process deletes the only file in them."""
-    for _ in range(_NUM_TRIES):
-        with contextlib.suppress(FileNotFoundError):
-            _make_dirs(path.parent)
-            return open(path, "xb", buffering=0)
-    _make_dirs(path.parent)
-    return open(path, "xb", buffering=0)
 
 
 def _make_dirs(path: Path) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -75,13 +74,6 @@ def test_a_store_that_refuses_to_delete_is_judged_by_its_bytes(tmp_path: Path, c
     else:
         with pytest.raises(StorageRefused, match="does not read back"):
             check_round_trip(Locked(tmp_path), "probe")
-
-
-def test_launches_that_probe_one_storage_at_the_same_time(tmp_path: Path) -> None:
-    """Each deletion takes the directory that all share along, if it is empty for a moment."""
-    with ThreadPoolExecutor(8) as pool:
-        list(pool.map(lambda number: check_round_trip(LocalStorage(tmp_path), f".doctor/{number}/bytes"), range(200)))
-    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("mischief", MANGLING)
