@@ -21,7 +21,7 @@ test: setup
 
 # A Ray cluster of several hosts in namespaces: needs root and iproute2, skipped with a reason elsewhere.
 test-lab: setup
-	$(BIN)/python -m pytest tests/lab -m 'lab and not faults' -rs --durations=10
+	$(BIN)/python -m pytest -m 'lab and not faults' -rs --durations=10
 
 check: setup
 	$(BIN)/ruff format --check .

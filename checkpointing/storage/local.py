@@ -11,15 +11,19 @@ import errno
 import os
 import re
 import secrets
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import repeat
 from pathlib import Path
 from typing import BinaryIO
 
 from outlast.checkpointing.errors import NotAFileError, StorageError, StorageRefused
 from outlast.checkpointing.storage.base import Buffer, Entry
 from outlast.checkpointing.storage.regular_files import SpecialFileError, open_regular, special_kind
+from outlast.checkpointing.storage.retry import call_with_retries
 
 _REFUSALS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR}
+#: Of a small file whose directory was deleted meanwhile.
+_NUM_REPEATS = 20
 #: Of `put`; outlast wrote no others that end alike.
 _TEMPORARY = re.compile(r"\..+\.[0-9a-f]{8}\.tmp")
 
@@ -61,22 +65,12 @@ class LocalStorage:
 
     def put(self, path: str, chunks: Iterable[Buffer]) -> None:
         target = self.path(path)
-        temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
+        # A deletion of the only file in a directory takes the directory along, and what is being written there.
+        pauses_s = repeat(0.0, _NUM_REPEATS) if isinstance(chunks, Sequence) else ()
         with _storage_errors("write", target):
-            _make_dirs(target.parent)
-            _refuse_special(target)
-            try:
-                with open(temporary, "xb", buffering=0) as file:
-                    for chunk in chunks:
-                        _write_all(file.fileno(), memoryview(chunk))
-                        del chunk  # the next one may need its memory
-                    os.fsync(file.fileno())
-                os.replace(temporary, target)
-            except BaseException:
-                with contextlib.suppress(OSError):
-                    temporary.unlink()
-                raise
-            _sync(target.parent)
+            call_with_retries(
+                lambda: _write(target, chunks), pauses_s, lambda error: isinstance(error, FileNotFoundError)
+            )
 
     def sync(self, path: str) -> None:
         """Make files that other programs wrote below a directory durable, bottom up. Raises StorageError."""
@@ -150,6 +144,25 @@ def _entry(item: os.DirEntry[str], follow: bool) -> Entry | None:
         is_lost = isinstance(error, FileNotFoundError) and not item.is_symlink()
         return None if is_lost else Entry(item.name, None)
     return Entry(item.name, found.st_size, special_kind(found.st_mode))
+
+
+def _write(target: Path, chunks: Iterable[Buffer]) -> None:
+    """Write a file, atomically and durably."""
+    temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
+    _make_dirs(target.parent)
+    _refuse_special(target)
+    try:
+        with open(temporary, "xb", buffering=0) as file:
+            for chunk in chunks:
+                _write_all(file.fileno(), memoryview(chunk))
+                del chunk  # the next one may need its memory
+            os.fsync(file.fileno())
+        os.replace(temporary, target)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise
+    _sync(target.parent)
 
 
 def _write_all(fd: int, view: memoryview) -> None:

@@ -209,15 +209,15 @@ def delete(
     identity = _identity(run)
     cluster = _cluster(context, namespace)
     plan = cluster.plan_deletion(identity, storage=storage)
-    asks = bool(plan.doomed) and not (dry_run or yes) and is_terminal()
-    for item in plan.doomed if dry_run or asks else ():
+    asks = bool(plan.to_delete) and not (dry_run or yes) and is_terminal()
+    for item in plan.to_delete if dry_run or asks else ():
         print_line(f"{object_name(item)} would be deleted", to_stderr=asks)
     if asks and not confirm(f"Delete these from namespace {plan.namespace}?", err=True):
         print_line("nothing was deleted", to_stderr=True)
         raise Exit(1)
     for line in cluster.delete(plan) if not dry_run else ():
         print_line(line)
-    for line in plan.left:
+    for line in plan.remaining:
         print_line(line)
     if plan.is_incomplete:
         raise PreflightError(

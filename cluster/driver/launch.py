@@ -178,7 +178,7 @@ class Launch:
                 raise gave_up(name, given_up)
             for path, reason in sorted(store.unreadable.items()):
                 self._publish(events.NoteEvent(text=f"unreadable, going on without it: {path}: {reason}"))
-            check_round_trip(store.storage, f".doctor/{self.id}")
+            check_round_trip(store.storage, f".doctor/{self.id}/bytes")
             self._publish(events.PhaseEvent(name="data"))
             prepared = prepare(self.config, store.storage, partial(self._encoders, address), like=base.get("data"))
             check_unchanged(base, self.config, prepared.fingerprint)

@@ -208,7 +208,7 @@ class KubernetesNamespace:
 
         Yield one line for each object.
         """
-        for item in plan.doomed:
+        for item in plan.to_delete:
             meta = item["metadata"]
             only_this = {"apiVersion": "v1", "kind": "DeleteOptions", "preconditions": {"uid": meta["uid"]}}
             try:

@@ -49,26 +49,26 @@ class Deletion:
 
     run: RunIdentity
     namespace: str
-    doomed: list[Mapping[str, Any]] = field(default_factory=list)  #: in the order to delete them
-    leaving: list[Mapping[str, Any]] = field(default_factory=list)  #: deleted before, but still there
+    to_delete: list[Mapping[str, Any]] = field(default_factory=list)  #: in the order to delete them
+    terminating: list[Mapping[str, Any]] = field(default_factory=list)  #: deleted before, but still there
     claims: list[Mapping[str, Any]] = field(default_factory=list)  #: kept, with the checkpoints
-    unproved: list[Mapping[str, Any]] = field(default_factory=list)  #: they have the run's label and no proof
+    unproven: list[Mapping[str, Any]] = field(default_factory=list)  #: they have the run's label and no proof
     num_pods: int = 0
 
     @property
     def is_empty(self) -> bool:
-        return not (self.doomed or self.leaving or self.claims or self.unproved or self.num_pods)
+        return not (self.to_delete or self.terminating or self.claims or self.unproven or self.num_pods)
 
     @property
     def is_incomplete(self) -> bool:
         """Whether the run may go on: a RayJob or RayCronJob without proof is left, or nothing else is there."""
-        rest = self.doomed or self.leaving or self.claims
-        return bool(self.unproved) and (not rest or any(item["kind"] in ("RayJob", CRON_JOB) for item in self.unproved))
+        rest = self.to_delete or self.terminating or self.claims
+        return bool(self.unproven) and (not rest or any(item["kind"] in ("RayJob", CRON_JOB) for item in self.unproven))
 
     @property
-    def left(self) -> list[str]:
+    def remaining(self) -> list[str]:
         """One line for each thing that stays, with the reason."""
-        lines = [f"{object_name(item)} is being deleted{_since(item)}" for item in self.leaving]
+        lines = [f"{object_name(item)} is being deleted{_since(item)}" for item in self.terminating]
         lines += [f"{counted(self.num_pods, 'pod')} of the run not ended yet"] if self.num_pods else []
         for item in self.claims:
             also = "; --storage deletes it too" if owner(item) else ""
@@ -76,13 +76,13 @@ class Deletion:
         reason = (
             f"kept: it has the run's label, but not the annotation {ID_ANNOTATION} that `outlast k8s render` writes"
         )
-        lines += [f"{object_name(item)} {reason}" for item in self.unproved]
-        return [*lines, f"if these are yours: {self.kubectl}"] if self.unproved else lines
+        lines += [f"{object_name(item)} {reason}" for item in self.unproven]
+        return [*lines, f"if these are yours: {self.kubectl}"] if self.unproven else lines
 
     @property
     def kubectl(self) -> str:
         """The command that deletes what has no proof."""
-        return f"kubectl delete --namespace {self.namespace} {' '.join(map(object_name, self.unproved))}"
+        return f"kubectl delete --namespace {self.namespace} {' '.join(map(object_name, self.unproven))}"
 
 
 def identity_of(name: str, storage: str) -> RunIdentity:
@@ -141,13 +141,13 @@ def plan_deletion(
     plan = Deletion(run, namespace, num_pods=num_pods)
     for item in of_run(items, run):
         if mapping(item, "metadata").get("deletionTimestamp"):
-            plan.leaving.append(item)
+            plan.terminating.append(item)
         elif item["kind"] == CLAIM and not storage:
             plan.claims.append(item)
         elif owner(item) is None:
-            plan.unproved.append(item)
+            plan.unproven.append(item)
         else:
-            plan.doomed.append(item)
+            plan.to_delete.append(item)
     return plan
 
 

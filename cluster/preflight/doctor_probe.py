@@ -73,14 +73,16 @@ class Probe:
         return open_storage(self._storage_url)
 
     def write(self, name: str) -> dict[str, Any]:
-        """Check that the storage keeps bytes, then write a random token. Return it, and the time of the write."""
+        """Write a random token, and check that the storage keeps bytes. Return the token, and the time of its write."""
+        token = secrets.token_hex(16)
+        self._put(name, [token.encode()])
+        written = time.time()
         with contextlib.suppress(ModuleNotFoundError):  # this node's outlast may be older, which is told elsewhere
             from outlast.checkpointing.storage.round_trip import check_round_trip
 
-            check_round_trip(self._storage, f"{self._folder}/{name}-bytes")
-        token = secrets.token_hex(16)
-        self._put(name, [token.encode()])
-        return {"token": token, "written": time.time()}
+            # In a directory of its own: a deletion takes an empty one along, and half-written files in it.
+            check_round_trip(self._storage, f"{self._folder}/{name}-bytes/bytes")
+        return {"token": token, "written": written}
 
     def watch(self, files: Mapping[str, str], limit_s: float) -> dict[str, Any]:
         """List and read the nodes' files until all are visible, or `limit_s` has passed.

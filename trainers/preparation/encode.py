@@ -21,6 +21,11 @@ from outlast.trainers.preparation.sample_counts import count_cut, count_empty
 from outlast.trainers.tasks.base import Record, Task
 
 
+def is_held_out(seed: int, number: int, share: float) -> bool:
+    """Return whether the row `number` belongs to the share of rows that is held out for evaluation."""
+    return derive_seed(seed, number) < int(share * 2**64)
+
+
 @dataclass(frozen=True, slots=True)
 class Split:
     """A split of the data, and the columns to read."""
@@ -46,10 +51,9 @@ class Split:
         return islice(self._rows(sources, first), self.limit)
 
     def _rows(self, sources: Sequence[DataFile], first: int) -> Iterator[Row]:
-        threshold = int((self.config.data.eval_share or 0.0) * 2**64)
-        chosen = self.chosen
+        chosen, share = self.chosen, self.config.data.eval_share or 0.0
         for number, row in enumerate(read_files(sources, chosen.names, chosen.sparse_names, chosen.named), first):
-            if not self.is_share or (derive_seed(self.config.seed, number) < threshold) is (self.name == "eval"):
+            if not self.is_share or is_held_out(self.config.seed, number, share) is (self.name == "eval"):
                 yield row
 
 

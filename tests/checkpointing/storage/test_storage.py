@@ -9,6 +9,7 @@ import subprocess
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -397,3 +398,18 @@ def test_a_read_only_disk_is_read_and_not_written(tiny_disk: Path) -> None:
             act()
         assert "write access" in caught.value.hint
     assert verify(storage, checkpoint_dir("frozen", manifest.ref), manifest) == []
+
+
+def test_writers_and_deleters_share_a_directory(tmp_path: Path) -> None:
+    """As pins and probes do: a deletion takes an empty directory along, and must not fail the write of another."""
+    storage = LocalStorage(tmp_path)
+
+    def write_and_delete(name: str) -> None:
+        for number in range(100):
+            storage.put(f"run/pins/{name}", [f"{number}".encode()])
+            assert read_bytes(storage, f"run/pins/{name}") == f"{number}".encode()
+            storage.delete(f"run/pins/{name}")
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(write_and_delete, "abcd"))
+    assert not list(tmp_path.iterdir())

@@ -246,7 +246,7 @@ def test_a_run_outlives_a_hang_its_driver_its_supervisor_and_its_cluster(
         step = wait_for_commit(place, step)
 
         supervise.kill()
-        supervise = SuperviseProcess("supervise", str(tmp_path / "far"), *at)
+        supervise = SuperviseProcess("supervise", str(tmp_path / "far"), *at, "--trust-remote-code")
         assert supervise.wait_for("attached to (far-.*)") == "far-3"
 
         cluster.kill()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,6 @@ import yaml
 from typer.testing import CliRunner, Result
 
 from outlast.checkpointing.errors import ConfigError, PreflightError
-from outlast.cluster.cli import kubernetes as commands
 from outlast.cluster.cli.main import app
 from outlast.cluster.kubernetes.client import KubernetesNamespace
 from outlast.cluster.kubernetes.ownership import ID_ANNOTATION, Deletion, identity_of, owner
@@ -21,6 +21,7 @@ from outlast.cluster.kubernetes.render import render, to_yaml
 from outlast.cluster.kubernetes.settings import k8s_settings
 from tests.support.kubernetes.api_server import Api, small_api
 from tests.support.kubernetes.manifests import RELEASE, Objects, read_run, rendered
+from tests.support.terminal import on_terminal
 
 RUN_LABEL = "outlast/run"
 
@@ -230,18 +231,29 @@ def test_dry_run(api: Api, objects: Objects) -> None:
 
 
 @pytest.mark.parametrize(
-    ("answer", "options", "deletes"), [("n\n", [], False), ("y\n", [], True), ("", ["--yes"], True), ("", [], False)]
+    ("answer", "options", "code"),
+    [
+        ("n\n", [], 1),
+        ("what?\nn\n", [], 1),
+        ("\n", [], 1),
+        ("\x04", [], 1),  # Ctrl-D
+        ("\x03", [], 1),  # Ctrl-C
+        ("y\n", [], 0),
+        ("", ["--yes"], 0),
+    ],
+    ids=["no", "garbage", "enter", "end", "interrupt", "yes", "option"],
 )
-def test_a_terminal_is_asked(
-    api: Api, objects: Objects, monkeypatch: pytest.MonkeyPatch, answer: str, options: list[str], deletes: bool
-) -> None:
+def test_a_terminal_is_asked(api: Api, objects: Objects, answer: str, options: list[str], code: int) -> None:
     KubernetesNamespace().apply(objects)
     before = left(api)
-    monkeypatch.setattr(commands, "is_terminal", lambda: True)
-    done = outlast("delete", "my-run", *options, given=answer)
-    assert ("rayjob/my-run would be deleted" in done.stderr) == (not options)
-    assert (left(api) != before) == deletes
-    assert done.exit_code == int(not deletes)
+    ended, screen = on_terminal(
+        [sys.executable, "-m", "outlast.cluster.cli", "k8s", "delete", "my-run", *options],
+        "[y/N]: " if answer else "",
+        answer,
+    )
+    assert ended == code, screen
+    assert ("rayjob/my-run would be deleted" in screen) == (not options)
+    assert (left(api) != before) == (code == 0)
 
 
 def test_a_second_delete_says_what_is_left(api: Api, objects: Objects) -> None:

@@ -13,6 +13,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -298,6 +299,17 @@ def test_no_command_relies_on_a_store_that_changes_bytes(
         done = outlast(command, str(run_file), code=3)
         assert "kept the framing of a chunked upload as content" in done.stdout + done.stderr
         assert "attempts" not in "".join(entry.name for entry in walk(open_storage(f"{bucket}/runs"), ""))
+
+
+def test_nodes_probe_one_storage_at_the_same_time(tmp_path: Path) -> None:
+    """A deletion takes empty directories along; that of one node must not fail the write of another."""
+    for number in range(10):
+        probes = [doctor_probe.Probe(str(tmp_path), f".doctor/{number}") for _ in range(8)]
+        with ThreadPoolExecutor(8) as pool:
+            written = list(pool.map(lambda item: item[1].write(f"node-{item[0]}"), enumerate(probes)))
+            assert all(item["token"] for item in written)
+            list(pool.map(lambda probe: probe.clean(), probes))
+    assert not list(tmp_path.iterdir())
 
 
 def test_lags() -> None:
