@@ -25,6 +25,7 @@ from outlast.checkpointing.storage.local import LocalStorage
 KEYS = {
     "start": "",
     "resume": "step source committed_at rejected passed_over",
+    "regrouped": "step attempt? lost source world_size? noticed_at? marks",
     "no-checkpoint": "rejected",
     "changed": "what before now same_bits",
     "plan": "num_steps batch world_size step",
