@@ -13,6 +13,8 @@ from enum import Enum
 
 #: Generations in a row without a step after which going on in memory is given up: the loss has a cause that remains.
 MAX_WITHOUT_STEP = 10
+#: Processes that raise an error, without a step between them, after which it is given up: the next ones would, too.
+MAX_RAISED = 1
 
 
 class RosterState(Enum):
@@ -63,7 +65,7 @@ class Roster:
         self._alive: set[str] = set()
         self._arrived: set[str] = set()
         self._newest_step = -1
-        self._num_without_step = 0
+        self._num_without_step = self._num_raised = 0
 
     @property
     def lost(self) -> tuple[str, ...]:
@@ -78,8 +80,9 @@ class Roster:
         else:
             self._first[rank] = name
 
-    def lose(self, name: str) -> None:
-        """Remove a process that died, is silent, or left."""
+    def lose(self, name: str, *, has_raised: bool = False) -> None:
+        """Remove a process that died, is silent, left, or has raised an error."""
+        self._num_raised += has_raised
         self._alive.discard(name)
         self._arrived.discard(name)
         self.spares = [spare for spare in self.spares if spare != name]
@@ -95,20 +98,24 @@ class Roster:
         """Record that training has ended: from now on processes leave without being replaced."""
         self.state = RosterState.DONE
 
+    def give_up(self) -> None:
+        """Record that going on in memory is no help."""
+        self.state = RosterState.GIVEN_UP
+
     def step(self, step: int) -> None:
         """Record that a process has done `step` steps."""
         if step > self._newest_step:
-            self._newest_step, self._num_without_step = step, 0
+            self._newest_step, self._num_without_step, self._num_raised = step, 0, 0
 
     def advance(self) -> Generation | None:
         """Return the next generation if one is due; call it after each change."""
         if self.state in (RosterState.GIVEN_UP, RosterState.DONE):
             return None
-        members = self._next_members()
+        members = self._next_members() if self._num_raised <= MAX_RAISED else ()
         if members is None:
             return None
         self._num_without_step += 1
-        if self._num_without_step > MAX_WITHOUT_STEP:
+        if not members or self._num_without_step > MAX_WITHOUT_STEP:
             self.state = RosterState.GIVEN_UP
             return None
         lost = self.lost
