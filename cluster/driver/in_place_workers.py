@@ -134,18 +134,29 @@ class InPlaceWorkerGroup(WorkerGroup):  # type: ignore[misc]
         ended = next((each for each in statuses if not each.running and each.error is None), None)
         if ended is not None:  # the run has ended as it should: a worker that was lost before has no part in it
             return [ended if each.error is not None else each for each in statuses]
-        for rank, status in enumerate(statuses):
-            if status.error is not None and not self._slots[rank].is_replaced:
-                self._slots[rank].ended = status
-                if not _is_loss(status.error) or self._ends_early(rank):
-                    return self._passed_on(statuses)
-                self._replace(rank, unwrap_error(status.error))
-        if all(slot.is_replaced for slot in self._slots):
+        lost = [
+            rank
+            for rank, status in enumerate(statuses)
+            if status.error is not None and not self._slots[rank].is_replaced
+        ]
+        for rank in lost:
+            self._slots[rank].ended = statuses[rank]
+        if lost and not self._may_go_on(lost, statuses):
             return self._passed_on(statuses)
+        for rank in lost:
+            self._replace(rank, unwrap_error(statuses[rank].error))
         return [
             WorkerStatus(running=True) if self._slots[rank].is_replaced else status
             for rank, status in enumerate(statuses)
         ]
+
+    def _may_go_on(self, lost: list[int], statuses: list[Any]) -> bool:
+        """Return whether the other workers may go on in memory without those that were lost just now."""
+        assert self._server is not None
+        is_left = any(status.error is None for rank, status in enumerate(statuses) if not self._slots[rank].is_replaced)
+        are_losses = all(_is_loss(statuses[rank].error) for rank in lost)
+        too_early = [rank for rank in lost if self._ends_early(rank)]
+        return is_left and are_losses and not too_early and not self._server.has_given_up
 
     def _passed_on(self, statuses: list[Any]) -> list[Any]:
         """Return the errors that were hidden so far, too: the group is about to be restarted."""

@@ -86,6 +86,12 @@ class RosterServer:
         with self._lock:
             return self._roster.newest is not None
 
+    @property
+    def has_given_up(self) -> bool:
+        """Whether going on in memory is no help."""
+        with self._lock:
+            return self._roster.state is RosterState.GIVEN_UP
+
     def close(self) -> None:
         """Stop serving."""
         with suppress(OSError):
