@@ -11,9 +11,10 @@ from __future__ import annotations
 
 import threading
 import time
-from collections import Counter
+from collections.abc import Callable, Collection
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
@@ -25,22 +26,25 @@ from ray.train.torch import TorchConfig
 
 from outlast.cluster.driver.in_place_invitation import Invitation, accept
 from outlast.cluster.fault_tolerance.failure_callback import FailureRecorder
-from outlast.cluster.fault_tolerance.failure_cause import RankError, SilentWorker, unwrap_error
+from outlast.cluster.fault_tolerance.failure_cause import AnnouncedLoss, RankError, SilentWorker, unwrap_error
 from outlast.cluster.ray_internals import (
+    NoopDecision,
     PreemptionCallback,
+    ResizeDecision,
     TrainController,
+    Worker,
     WorkerGroup,
     WorkerStatus,
+    bundle_to_remote_args,
+    draining_nodes,
     loopback_rendezvous,
 )
 from outlast.trainers.regrouping.roster import Roster
 from outlast.trainers.regrouping.roster_server import Loss, RosterServer
 
-#: Replacements of one worker that end within `_EARLY_S` of their start, after which the group is restarted instead.
+#: Replacements of one worker that end before they join the roster, after which the group is restarted instead.
 MAX_EARLY_ENDS = 3
-_EARLY_S = 30.0
-_RETRY_S = 1.0
-_KILL_S = 5.0
+_RETRY_S, _KILL_S, _JOIN_POLL_S = 1.0, 5.0, 0.05
 
 
 @dataclass
@@ -51,11 +55,13 @@ class InPlaceGroup(TorchConfig):  # type: ignore[misc]
         num_spares: Workers beyond the ranks.
         is_elastic: Whether fewer workers may go on.
         min_workers: The fewest with which they go on.
+        max_workers: The most to which they grow.
     """
 
     num_spares: int = 0
     is_elastic: bool = False
     min_workers: int = 1
+    max_workers: int = 1
 
     @property
     def backend_cls(self) -> Any:
@@ -68,10 +74,11 @@ class _Slot:
     """One of Ray's ranks, and what runs there."""
 
     name: str = ""
-    started_at: float = field(default_factory=time.monotonic)
+    num_names: int = 0
     num_early_ends: int = 0
-    is_replaced: bool = False  #: a replacement is on its way
-    replacement: Any = None  #: a worker that is ready to take the place of the lost one
+    is_replaced: bool = False  #: what runs there is lost, and a replacement on its way
+    is_starting: bool = False  #: a worker is being started for it
+    next: Any = None  #: a worker that is ready to take the place, and its name
     ended: Any = None  #: the status with which the lost one ended
 
 
@@ -82,40 +89,42 @@ class InPlaceWorkerGroup(WorkerGroup):  # type: ignore[misc]
         super().__init__(*arguments, **options)
         self._settings: InPlaceGroup = self._train_run_context.backend_config
         self._slots: list[_Slot] = []
+        self._num_polled = 0
         self._server: RosterServer | None = None
         self._changing = threading.RLock()
-        self._num_names: Counter[int] = Counter()
         self._is_closing = False
-        self._host = ""
         self._folder: Path | None = None
 
     def _init_train_context(self, workers: list[Any], sync_actor: Any) -> None:
-        """Prepare workers for training, and invite them to the roster."""
+        """Prepare the first workers for training, and invite them to the roster."""
         super()._init_train_context(workers, sync_actor)
         if self._server is None:
             self._open_roster(len(workers))
-        ray.get([worker.execute_async(accept, self._invite(worker)) for worker in workers])
+            for slot, worker in zip(self._slots, workers, strict=True):
+                slot.name = self._invite(worker)
 
     def _open_roster(self, num_workers: int) -> None:
         settings, rendezvous = self._settings, loopback_rendezvous()
         self._folder = Path(unquote(urlsplit(rendezvous).path)).parent if rendezvous else None
-        self._slots = [_Slot() for _ in range(num_workers)]
-        size, least = num_workers - settings.num_spares, settings.min_workers
-        roster = Roster(size, is_elastic=settings.is_elastic, min_size=least)
-        self._server = RosterServer(
-            roster, ray.util.get_node_ip_address(), meeting_folder=self._folder, on_loss=self._on_loss
+        self._slots, self._num_polled = [_Slot() for _ in range(num_workers)], num_workers
+        size = num_workers - settings.num_spares
+        roster = Roster(
+            size, is_elastic=settings.is_elastic, min_size=settings.min_workers, max_size=settings.max_workers
         )
+        address, folder = ray.util.get_node_ip_address(), self._folder
+        self._server = RosterServer(roster, address, meeting_folder=folder, on_loss=self._on_loss)
 
-    def _invite(self, worker: Any) -> Invitation:
+    def _invite(self, worker: Any) -> str:
+        """Tell a worker which roster to join. Returns its name there."""
         assert self._server is not None
         rank = worker.distributed_context.world_rank
-        is_first = rank < len(self._slots) - self._settings.num_spares and not self._server.has_begun
-        self._num_names[rank] += 1
-        name = f"worker-{rank}" + (f"-{self._num_names[rank]}" if self._num_names[rank] > 1 else "")
-        self._slots[rank].name = name
-        return Invitation(
-            self._server.address, self._server.key, name, rank if is_first else None, self._folder is not None
-        )
+        slot = self._slots[rank]
+        slot.num_names += 1
+        name = f"worker-{rank}" + (f"-{slot.num_names}" if slot.num_names > 1 else "")
+        is_first = rank < self._num_polled - self._settings.num_spares and not self._server.has_begun
+        place = (self._server.address, self._server.key, name, rank if is_first else None)
+        ray.get(worker.execute_async(accept, Invitation(*place, is_loopback=self._folder is not None)))
+        return name
 
     # -- losses --------------------------------------------------------------------------------------------------------
 
@@ -123,105 +132,160 @@ class InPlaceWorkerGroup(WorkerGroup):  # type: ignore[misc]
         """Replace a worker as soon as the roster has lost it. One that raised an error reports that to Ray first."""
         rank = next((rank for rank, slot in enumerate(self._slots) if slot.name == loss.name), None)
         if rank is not None and not loss.has_raised:
-            self._replace(
-                rank, SilentWorker(f"its process was {loss.reason}") if "silent" in loss.reason else RayActorError()
-            )
+            silent = SilentWorker(f"its process was {loss.reason}") if "silent" in loss.reason else None
+            self._replace(rank, silent or RayActorError())
 
     def _poll_workers_and_collect_errors(self, timeout: float | None) -> list[Any]:
         """Return the workers' statuses, as Ray Train's controller is to see them."""
-        self._take_replacements()
+        self._take_next()
+        self._leave_draining_nodes()
         statuses = super()._poll_workers_and_collect_errors(timeout)
-        ended = next((each for each in statuses if not each.running and each.error is None), None)
-        if ended is not None:  # the run has ended as it should: a worker that was lost before has no part in it
-            return [ended if each.error is not None else each for each in statuses]
-        lost = [
-            rank
-            for rank, status in enumerate(statuses)
-            if status.error is not None and not self._slots[rank].is_replaced
-        ]
+        slots = self._slots[: len(statuses)]
+        if any(ended := [each for each in statuses if not each.running and each.error is None]):
+            # The run has ended as it should: a worker that was lost before has no part in it.
+            return [
+                ended[0] if slot.is_replaced or each.error else each for slot, each in zip(slots, statuses, strict=True)
+            ]
+        lost = [rank for rank, each in enumerate(statuses) if each.error is not None and not slots[rank].is_replaced]
         for rank in lost:
-            self._slots[rank].ended = statuses[rank]
-        if lost and not self._may_go_on(lost, statuses):
-            return self._passed_on(statuses)
+            slots[rank].ended = statuses[rank]
+        if lost and not self._may_go_on(lost, statuses):  # the errors that were hidden so far, too
+            return [
+                slot.ended if slot.is_replaced and slot.ended else each
+                for slot, each in zip(slots, statuses, strict=True)
+            ]
         for rank in lost:
             self._replace(rank, unwrap_error(statuses[rank].error))
         return [
-            WorkerStatus(running=True) if self._slots[rank].is_replaced else status
-            for rank, status in enumerate(statuses)
+            WorkerStatus(running=True) if slot.is_replaced else each for slot, each in zip(slots, statuses, strict=True)
         ]
 
     def _may_go_on(self, lost: list[int], statuses: list[Any]) -> bool:
         """Return whether the other workers may go on in memory without those that were lost just now."""
         assert self._server is not None
-        is_left = any(status.error is None for rank, status in enumerate(statuses) if not self._slots[rank].is_replaced)
+        is_left = any(
+            each.error is None for slot, each in zip(self._slots, statuses, strict=False) if not slot.is_replaced
+        )
         are_losses = all(_is_loss(statuses[rank].error) for rank in lost)
-        too_early = [rank for rank in lost if self._ends_early(rank)]
+        too_early = [rank for rank in lost if self._ends_early(self._slots[rank])]
         return is_left and are_losses and not too_early and not self._server.has_given_up
 
-    def _passed_on(self, statuses: list[Any]) -> list[Any]:
-        """Return the errors that were hidden so far, too: the group is about to be restarted."""
-        return [
-            slot.ended if slot.is_replaced and slot.ended else status
-            for slot, status in zip(self._slots, statuses, strict=True)
-        ]
-
-    def _ends_early(self, rank: int) -> bool:
-        """Count a replacement that has ended soon. Returns whether it is one too many."""
-        slot = self._slots[rank]
-        is_early = self._num_names[rank] > 1 and time.monotonic() - slot.started_at < _EARLY_S
-        slot.num_early_ends = slot.num_early_ends + 1 if is_early else 0
+    def _ends_early(self, slot: _Slot) -> bool:
+        """Count a replacement that did not join the roster. Returns whether it is one too many in a row."""
+        assert self._server is not None
+        slot.num_early_ends = 0 if self._server.has_joined(slot.name) else slot.num_early_ends + 1
         return slot.num_early_ends >= MAX_EARLY_ENDS
 
     def _replace(self, rank: int, error: BaseException) -> None:
+        """Start another worker in the place of a lost one, if none is being started."""
         with self._changing:
-            if self._slots[rank].is_replaced or self._is_closing:
+            slot = self._slots[rank]
+            if slot.is_replaced or self._is_closing:
                 return
-            self._slots[rank].is_replaced = True
-        lost = self.get_workers()[rank]
+            slot.is_replaced = True
+            lost = self.get_workers()[rank]
+            self._record_loss(lost, error)
+            # Ray's table shows why a process died, unless it was told to kill it before.
+            killing = threading.Timer(0 if isinstance(error, SilentWorker) else _KILL_S, _kill, (lost.actor,))
+            killing.daemon = True
+            killing.start()
+        self._start(rank, lost.placement_group_bundle_index)
+
+    def _record_loss(self, lost: Any, error: BaseException) -> None:
         for callback in self._callbacks:
             if isinstance(callback, FailureRecorder):
                 callback.worker_lost(lost.metadata, error)
-        is_silent = isinstance(error, SilentWorker)
-        threading.Thread(
-            target=self._start_replacement, args=(rank, lost), kwargs={"is_silent": is_silent}, daemon=True
-        ).start()
 
-    def _start_replacement(self, rank: int, lost: Any, *, is_silent: bool) -> None:
-        """Start another worker in the place of a lost one; until there is room, this waits."""
-        # Ray's table shows why a process died, unless it was told to kill it before.
-        killing = threading.Timer(_KILL_S * (not is_silent), _kill, (lost.actor,))
-        killing.daemon = True
-        killing.start()
-        while not self._is_closing:
-            with suppress(RayError, RuntimeError):  # it is lost, too: the next one
-                [worker] = self._create_workers(
-                    1,
-                    self._worker_group_state.placement_group_handle.placement_group,
-                    self._worker_group_context.resources_per_worker,
-                    placement_group_bundle_indices=[lost.placement_group_bundle_index],
-                    starting_world_rank=rank,
-                    world_size=len(self._slots),
-                    replica_group_size=1,
-                )
-                self._init_train_context([worker], self._worker_group_state.sync_actor)
-                ray.get(worker.actor.run_train_fn.remote(self._worker_group_context.train_fn_ref))
-                with self._changing:
-                    self._slots[rank].replacement = worker
-                    if self._is_closing:
-                        ray.kill(worker.actor)
-                return
-            time.sleep(_RETRY_S)
+    # -- new workers ---------------------------------------------------------------------------------------------------
 
-    def _take_replacements(self) -> None:
-        """Poll the replacements from now on, in place of the workers that were lost."""
+    def _start(self, rank: int, bundle: int | None, then: Callable[[], None] = lambda: None) -> None:
+        """Start a worker for a slot in a thread, unless one is being started: in a bundle, or where there is room."""
         with self._changing:
+            if self._slots[rank].is_starting:
+                return
+            self._slots[rank].is_starting = True
+
+        def start() -> None:
+            while not self._is_closing:
+                with suppress(RayError, RuntimeError):  # it is lost, too: the next one
+                    self._start_worker(rank, bundle)
+                    then()
+                    return
+                time.sleep(_RETRY_S)
+
+        threading.Thread(target=start, name=f"outlast-worker-{rank}", daemon=True).start()
+
+    def _start_worker(self, rank: int, bundle: int | None) -> None:
+        """Start a worker and its part in training; until there is room, this waits."""
+        resources, state = self._worker_group_context.resources_per_worker, self._worker_group_state
+        size = len(self._slots)
+        if bundle is not None:
+            group, options = state.placement_group_handle.placement_group, {"placement_group_bundle_indices": [bundle]}
+            [worker] = self._create_workers(1, group, resources, **options, starting_world_rank=rank, world_size=size)
+        else:
+            environment = self._get_worker_runtime_env(self._train_run_context.run_config.worker_runtime_env)
+            actor = ray.remote(runtime_env=environment, **bundle_to_remote_args(resources))(self._worker_cls).remote()
+            bundle = state.workers[rank].placement_group_bundle_index if rank < self._num_polled else None
+            metadata = ray.get(actor.get_metadata.remote())
+            unranked = Worker(actor, metadata, resources, placement_group_bundle_index=bundle)
+            [worker] = self._assign_worker_ranks([unranked], rank, size)
+        self._init_train_context([worker], state.sync_actor)
+        name = self._invite(worker)
+        ray.get(worker.actor.run_train_fn.remote(self._worker_group_context.train_fn_ref))
+        with self._changing:
+            self._slots[rank].next = (worker, name)
+            if self._is_closing:
+                ray.kill(worker.actor)
+
+    def _take_next(self) -> None:
+        """Poll the workers that were started from now on, in place of those that were lost."""
+        with self._changing:
+            state = self._worker_group_state
             for rank, slot in enumerate(self._slots):
-                if slot.replacement is not None:
-                    lost = self.get_workers()[rank]
-                    self._worker_group_state = self._worker_group_state.replace_workers([lost], [slot.replacement])
-                    self._world_rank_to_ongoing_poll.pop(rank, None)
-                    slot.replacement, slot.ended, slot.is_replaced = None, None, False
-                    slot.started_at = time.monotonic()
+                if slot.next is None or (rank < self._num_polled and not slot.is_replaced) or rank > self._num_polled:
+                    continue
+                worker, name = slot.next
+                workers = [*state.workers[:rank], worker, *state.workers[rank + 1 :]]
+                state = replace(state, workers=workers)
+                self._num_polled = len(workers)
+                self._world_rank_to_ongoing_poll.pop(rank, None)
+                slot.name, slot.next, slot.ended, slot.is_replaced, slot.is_starting = name, None, None, False, False
+            self._worker_group_state = state
+
+    def _leave_draining_nodes(self) -> None:
+        """Start a worker elsewhere for each whose node is about to be lost; once it waits as a spare, it takes over."""
+        draining: Collection[str] = ()
+        with suppress(RayError, RuntimeError, OSError):  # asked again at the next poll
+            draining = draining_nodes()
+        if not draining:
+            return
+        for rank, (slot, worker) in enumerate(zip(self._slots, self.get_workers(), strict=False)):
+            if worker.metadata.node_id in draining and not slot.is_starting and not slot.is_replaced:
+                self._start(rank, None, then=partial(self._hand_over, rank))
+
+    def _hand_over(self, rank: int) -> None:
+        """Give the seat of a worker to the one that was started for it, once that has joined the roster."""
+        assert self._server is not None
+        slot = self._slots[rank]
+        name = slot.next[1] if slot.next else ""
+        while not self._is_closing and slot.next and not self._server.has_joined(name):
+            time.sleep(_JOIN_POLL_S)
+        with self._changing:
+            if self._is_closing or slot.is_replaced or not slot.next:
+                return
+            slot.is_replaced = True
+            lost = self.get_workers()[rank]
+        self._record_loss(lost, AnnouncedLoss("its node is about to be lost"))
+        self._server.expel(slot.name, "its node is about to be lost")
+        _kill(lost.actor)
+
+    def grow(self, num_workers: int) -> None:
+        """Start more workers, which join the others in a later generation. Workers that are lost are none fewer."""
+        with self._changing:
+            first = len(self._slots)
+            self._slots += [_Slot() for _ in range(num_workers - first)]
+        for rank in range(first, num_workers):
+            self._start(rank, None)
 
     # -- the end -------------------------------------------------------------------------------------------------------
 
@@ -239,8 +303,8 @@ class InPlaceWorkerGroup(WorkerGroup):  # type: ignore[misc]
         with self._changing:
             self._is_closing = True
             for slot in self._slots:
-                if slot.replacement is not None:
-                    ray.kill(slot.replacement.actor)
+                if slot.next is not None:
+                    _kill(slot.next[0].actor)
         if self._server is not None:
             self._server.close()
 
@@ -256,7 +320,7 @@ def _is_loss(error: BaseException) -> bool:
 
 
 class InPlaceController(TrainController):  # type: ignore[misc]
-    """Ray Train's controller of such a group. The group itself handles announced losses."""
+    """Ray Train's controller of such a group. The group itself handles announced losses and changes of its size."""
 
     worker_group_cls = InPlaceWorkerGroup
 
@@ -265,3 +329,25 @@ class InPlaceController(TrainController):  # type: ignore[misc]
         self._worker_group_callbacks_to_propagate = [
             each for each in self._worker_group_callbacks_to_propagate if not isinstance(each, PreemptionCallback)
         ]
+        self._scaling_policy = GrowingPolicy(self._scaling_policy, lambda number: self._worker_group.grow(number))
+
+
+class GrowingPolicy:
+    """A scaling policy of Ray Train, under which a running group grows without a restart.
+
+    It never shrinks one: after a loss the group goes on with fewer workers by itself.
+    """
+
+    def __init__(self, policy: Any, grow: Callable[[int], None]) -> None:
+        self._policy, self._grow = policy, grow
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._policy, name)
+
+    def make_decision_for_running_worker_group(self, **state: Any) -> Any:
+        """Pass a decision to grow on to the group, and tell Ray Train's controller to do nothing."""
+        decision = self._policy.make_decision_for_running_worker_group(**state)
+        if isinstance(decision, ResizeDecision):
+            self._grow(decision.num_workers)
+            return NoopDecision()
+        return decision

@@ -147,8 +147,9 @@ def _make_trainer(config: RunConfig, assignment: Assignment, cpus: float) -> Tra
     backend = "nccl" if scale.gpus_per_worker else "gloo"
     group = TorchGroup(backend=backend)
     if config.goes_on_in_place:
-        least, is_elastic = scale.min_workers, config.exactness is Exactness.ELASTIC
-        group = InPlaceGroup(backend=backend, num_spares=scale.spares, is_elastic=is_elastic, min_workers=least)
+        limits = {"min_workers": scale.min_workers, "max_workers": scale.max_workers}
+        is_elastic = config.exactness is Exactness.ELASTIC
+        group = InPlaceGroup(backend=backend, num_spares=scale.spares, is_elastic=is_elastic, **limits)
     return Trainer(
         train_worker,
         train_loop_config={"assignment": assignment, "hang_after_s": config.failure.hang_after_s},

@@ -86,6 +86,11 @@ class RosterServer:
         with self._lock:
             return self._roster.newest is not None
 
+    def has_joined(self, name: str) -> bool:
+        """Return whether a process has ever joined."""
+        with self._lock:
+            return self._roster.has_joined(name)
+
     @property
     def has_given_up(self) -> bool:
         """Whether going on in memory is no help."""
