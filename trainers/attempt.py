@@ -49,6 +49,7 @@ from outlast.trainers.distributed.fsdp import shard
 from outlast.trainers.distributed.world import World
 from outlast.trainers.host_info import host_facts, num_oom_kills, processor
 from outlast.trainers.loop.control import Control
+from outlast.trainers.loop.memory_snapshots import keeps_snapshots
 from outlast.trainers.loop.non_finite import NonFiniteError
 from outlast.trainers.loop.train_loop import Loop, Outcome
 from outlast.trainers.models.build import build_model, weight_naming
@@ -129,6 +130,7 @@ class LoopOptions:
 
     static_graph: bool = False
     may_regroup: bool = False
+    keeps_snapshots: bool = False
     optimizer: torch.optim.Optimizer | None = None
 
 
@@ -205,7 +207,7 @@ def prepare_attempt(
     model = shard(model, world, config.exactness) if is_sharded else model.to(world.device)
     built = replace(built, model=model)
     world.mark("model")
-    options = LoopOptions(static_graph, may_regroup)
+    options = LoopOptions(static_graph, may_regroup, keeps_snapshots(config) and not may_regroup)
     prepared = make_loop(assignment, world, control, checkpointer, built, options)
     world.mark("data")
     return prepared
@@ -243,6 +245,7 @@ def make_loop(
         listeners=[tracking.apply],
         static_graph=options.static_graph,
         may_regroup=options.may_regroup,
+        snapshots_of=assignment.launch if options.keeps_snapshots else None,
         optimizer=options.optimizer,
     )
     return PreparedAttempt(checkpointer, loop, tracking, built)
