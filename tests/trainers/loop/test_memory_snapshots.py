@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 import signal
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +25,6 @@ from tests.support.groups.worker_group import (
     losses,
     resumed,
     run_group,
-    tiny_config,  # noqa: F401
     with_parallel,
 )
 
@@ -66,8 +68,6 @@ def kill(assignment: Assignment, storage: LocalStorage, nodes: list[Path], step:
 
 
 def with_faults(assignment: Assignment, *faults: Any) -> Assignment:
-    from dataclasses import replace
-
     return replace(assignment, faults=faults)
 
 
@@ -107,3 +107,137 @@ def test_a_killed_process_costs_the_steps_since_the_newest_snapshot_and_no_read(
     assert sorted(losses(storage, run)) == list(range(1, STEPS + 1))
     assert digests(storage, run) == digests(storage, calm(size))
     assert not list(tmp_path.glob("node-0/*/*")), "the snapshots of a finished launch are removed"
+
+
+def snapshots(node: Path) -> dict[int, list[Path]]:
+    """The descriptions of snapshots on a node by step."""
+    found: dict[int, list[Path]] = {}
+    for path in node.rglob("*.json"):
+        found.setdefault(int(path.name.split(".")[1]), []).append(path)
+    return found
+
+
+def flip(description: Path) -> None:
+    """Flips one bit of the data of a snapshot."""
+    body = json.loads(description.read_bytes()[32:])
+    path = description.with_name(body["data"])
+    with path.open("r+b") as file:
+        file.seek(body["num_bytes"] // 2)
+        [byte] = file.read(1)
+        file.seek(-1, 1)
+        file.write(bytes([byte ^ 1]))
+
+
+def check_end(storage: LocalStorage, run: str, calm: str) -> None:
+    assert losses(storage, run) == losses(storage, calm)
+    assert digests(storage, run) == digests(storage, calm)
+
+
+def test_a_damaged_byte_leads_to_the_older_snapshot_and_then_to_the_checkpoint(
+    sharded: Assign, calm: Callable[[int], str], storage: LocalStorage, tmp_path: Path
+) -> None:
+    run, nodes = f"damaged-{tmp_path.name}", make_nodes(tmp_path, [0, 0])
+    kill(sharded(run), storage, nodes, 14, 0, tmp_path)
+    older, newer = sorted(step for step, paths in snapshots(nodes[0]).items() if len(paths) == 2)
+    flip(snapshots(nodes[0])[newer][1])
+    kill(sharded(run), storage, nodes, 14, 1, tmp_path)
+    assert [(event["step"], event["source"]) for event in resumed(storage, run)] == [(older, None)]
+    [unused] = of_kind(storage, run, "snapshots-unused")
+    assert unused["reasons"][0].startswith(f"step {newer}: the snapshot of rank ")
+
+    for paths in snapshots(nodes[0]).values():
+        flip(paths[0])
+    finish(sharded(run), storage, nodes)
+    assert resumed(storage, run)[-1]["step"] == 10
+    assert resumed(storage, run)[-1]["source"].endswith("checkpoint-10")
+    assert all("is damaged" in reason for reason in of_kind(storage, run, "snapshots-unused")[-1]["reasons"])
+    check_end(storage, run, calm(2))
+
+
+@pytest.mark.parametrize("lost", [[0], [1], [2], [0, 1]], ids=str)
+def test_a_lost_node(
+    lost: list[int], sharded: Assign, calm: Callable[[int], str], storage: LocalStorage, tmp_path: Path
+) -> None:
+    """Three ranks on three nodes: each one's part is also on the next one's. A new node takes the lost one's place."""
+    run, nodes = f"node-{tmp_path.name}", make_nodes(tmp_path, [0, 1, 2])
+    kill(sharded(run), storage, nodes, 13, lost[0], tmp_path)
+    for number in lost:
+        shutil.rmtree(nodes[number])
+        nodes[number] = make_nodes(tmp_path, [10 + number])[0]
+    finish(sharded(run), storage, nodes)
+    [event] = resumed(storage, run)
+    if len(lost) == 1:
+        assert event["step"] in (11, 12, 13)
+        assert event["memory"]["moved"] == lost
+    else:
+        assert event["step"] == 10
+        assert event["source"].endswith("checkpoint-10")
+        [unused] = of_kind(storage, run, "snapshots-unused")
+        assert "no node has the complete part of rank 0" in unused["reasons"][0]
+    check_end(storage, run, calm(3))
+
+
+def test_ranks_that_change_places_take_their_parts_from_where_they_are(
+    sharded: Assign, calm: Callable[[int], str], storage: LocalStorage, tmp_path: Path
+) -> None:
+    """Three ranks on two nodes, without copies at buddies, each come back on the other node."""
+    run, (first, second) = f"moved-{tmp_path.name}", make_nodes(tmp_path, [0, 1])
+    kill(sharded(run), storage, [first, first, second], 13, 1, tmp_path)
+    for path in (*first.rglob("*.json"), *second.rglob("*.json")):
+        rank, holder = path.name.split(".")[2:4]
+        if rank != f"{holder}-of-3":
+            path.unlink()
+    finish(sharded(run), storage, [second, second, first])
+    assert resumed(storage, run)[0]["memory"]["moved"] == [0, 1, 2]
+    check_end(storage, run, calm(3))
+
+
+@pytest.mark.parametrize("point", [FaultPoint.AFTER_SNAPSHOT, FaultPoint.ACCUMULATING])
+@pytest.mark.parametrize("rank", [0, 1])
+def test_killed_while_a_snapshot_is_taken(
+    point: FaultPoint,
+    rank: int,
+    sharded: Assign,
+    calm: Callable[[int], str],
+    storage: LocalStorage,
+    tmp_path: Path,
+) -> None:
+    """The snapshot before it is whole: no step from which all could go on is overwritten."""
+    run, nodes = f"taking-{tmp_path.name}", make_nodes(tmp_path, [0, 1])
+    sections = {"checkpoint": {"every": 1000, "memory": 2}}
+    strikes = [fault(point, step, rank, FaultAction.SIGKILL, tmp_path) for step in (12, 13)]
+    ended = run_group(sharded(run, sections=sections, faults=tuple(strikes)), storage, 2, nodes=nodes)
+    assert ended[rank].exit_code == -signal.SIGKILL
+    kept = {step for step in snapshots(nodes[0]) if step in snapshots(nodes[1])}
+    finish(sharded(run, sections=sections), storage, nodes)
+    [event] = resumed(storage, run)
+    assert event["memory"]
+    assert event["step"] == max(kept)
+    check_end(storage, run, calm(2))
+
+
+def test_other_launches_do_not_use_them_and_remove_them(
+    sharded: Assign, calm: Callable[[int], str], storage: LocalStorage, tmp_path: Path
+) -> None:
+    run, nodes = f"litter-{tmp_path.name}", make_nodes(tmp_path, [0, 0])
+    kill(sharded(run), storage, nodes, 14, 0, tmp_path)
+    kill(sharded(run, launch="second"), storage, nodes, 11, 1, tmp_path)
+    assert [event["source"].rpartition("/")[2] for event in resumed(storage, run)] == ["checkpoint-10"]
+    assert len({path.parent for path in nodes[0].rglob("*.data")}) <= 1
+    finish(sharded(run, launch="third"), storage, nodes)
+    assert not list(nodes[0].glob("*/*"))
+    check_end(storage, run, calm(2))
+
+
+def test_without_memory_auto_goes_on_and_a_demand_fails(
+    sharded: Assign, calm: Callable[[int], str], storage: LocalStorage, tmp_path: Path
+) -> None:
+    file = tmp_path / "file"
+    file.write_text("")
+    run, nodes = f"none-{tmp_path.name}", [file, file]
+    finish(sharded(run, sections={"checkpoint": {"every": SAVE_EVERY}}), storage, nodes)
+    [event] = of_kind(storage, run, "snapshots-off")
+    assert str(file) in event["reason"]
+    check_end(storage, run, calm(2))
+    ended = run_group(sharded(f"{run}-demanded"), storage, 2, nodes=nodes)
+    assert all(item.error is not None and "checkpoint.memory" in item.error.message for item in ended)
