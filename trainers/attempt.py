@@ -46,10 +46,10 @@ from outlast.trainers.data.arrow_samples import Samples
 from outlast.trainers.data.batch_plan import make_plan
 from outlast.trainers.distributed.determinism import make_deterministic
 from outlast.trainers.distributed.fsdp import shard
+from outlast.trainers.distributed.memory_snapshots import keeps_snapshots
 from outlast.trainers.distributed.world import World
 from outlast.trainers.host_info import host_facts, num_oom_kills, processor
 from outlast.trainers.loop.control import Control
-from outlast.trainers.loop.memory_snapshots import keeps_snapshots
 from outlast.trainers.loop.non_finite import NonFiniteError
 from outlast.trainers.loop.train_loop import Loop, Outcome
 from outlast.trainers.models.build import build_model, weight_naming

@@ -30,7 +30,7 @@ _ABANDONED_S = 900.0
 _LOCK = "lock"
 
 
-class DataFile:
+class SharedBuffer:
     """Memory that outlives this process, under a name.
 
     Attributes:

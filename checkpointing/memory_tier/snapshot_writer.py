@@ -19,7 +19,7 @@ from outlast.checkpointing.errors import OutlastError, StorageError
 from outlast.checkpointing.fault_injection import FaultPoint, fault_point
 from outlast.checkpointing.format.layout import AttemptId
 from outlast.checkpointing.memory_tier.snapshot import Snapshot, StoredShard, data_digest
-from outlast.checkpointing.memory_tier.snapshot_folder import DataFile, SnapshotFolder
+from outlast.checkpointing.memory_tier.snapshot_folder import SharedBuffer, SnapshotFolder
 from outlast.checkpointing.save.background_save import BackgroundSave
 from outlast.checkpointing.save.staging import HostCopy, begin_copy, bytes_needed, free_bytes, pin
 from outlast.checkpointing.state.rank_group import RankGroup
@@ -34,7 +34,7 @@ NUM_PLACES = 2
 class _Place:
     """Memory for one snapshot, and the snapshot in it."""
 
-    file: DataFile | None = None
+    file: SharedBuffer | None = None
     snapshot: Snapshot | None = None
 
 
@@ -126,7 +126,7 @@ class SnapshotWriter:
             if place.file is not None:
                 place.file.remove()
             name = f"{self._attempt}.{self._ranks.rank}-{self._num_files}.data"
-            place.file, self._num_files = DataFile(self._folder.path / name, num_bytes), self._num_files + 1
+            place.file, self._num_files = SharedBuffer(self._folder.path / name, num_bytes), self._num_files + 1
             if is_on_device:
                 pin(place.file.buffer)
         return place.file.buffer

@@ -23,12 +23,12 @@ from outlast.checkpointing.run_store.typed_json import misfits
 from outlast.trainers.config.training_config import TrainingConfig
 from outlast.trainers.data.arrow_samples import Samples
 from outlast.trainers.data.batch_plan import make_plan
+from outlast.trainers.distributed.memory_snapshots import MemorySnapshots
 from outlast.trainers.distributed.world import World
 from outlast.trainers.loop.control import Control
 from outlast.trainers.loop.evaluation import evaluate
 from outlast.trainers.loop.event_log import EventLog, recorded_events
 from outlast.trainers.loop.log_history import LogHistory, patience_state
-from outlast.trainers.loop.memory_snapshots import MemorySnapshots
 from outlast.trainers.loop.non_finite import NonFiniteError
 from outlast.trainers.loop.rank_activity import StepPhase
 from outlast.trainers.loop.save_timer import SaveFailures, SaveTimer
@@ -117,7 +117,9 @@ class Loop:
         keeps = may_regroup or (snapshots_of is not None and world.rank == 0)
         self._log = EventLog(checkpointer, self.history, *listeners, control.progress, keeps=keeps)
         self._snapshots = (
-            None if snapshots_of is None else MemorySnapshots(config, snapshots_of, world, checkpointer, self._log)
+            None
+            if snapshots_of is None
+            else MemorySnapshots(config, snapshots_of, world, checkpointer, self._log.write)
         )
         self._train_step = TrainStep(
             config,

@@ -11,7 +11,7 @@ import copy
 import json
 import socket
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -31,7 +31,6 @@ from outlast.checkpointing.state.train_state import TrainState
 from outlast.trainers.config.train import Parallel
 from outlast.trainers.config.training_config import TrainingConfig
 from outlast.trainers.distributed.world import World
-from outlast.trainers.loop.event_log import EventLog
 
 #: Largest share of the free memory that `auto` takes.
 _AUTO_SHARE = 0.5
@@ -51,7 +50,7 @@ class MemorySnapshots:
         launch: The launch.
         world: This rank.
         checkpointer: Holds the claim; its declaration must be complete.
-        log: Receives the events.
+        write: Records an event, on rank 0.
 
     Raises:
         ConfigError: The settings require snapshots, and there is no memory for them.
@@ -63,9 +62,10 @@ class MemorySnapshots:
         launch: str,
         world: World,
         checkpointer: RegroupingCheckpointer,
-        log: EventLog,
+        write: Callable[[events.Event], None],
     ) -> None:
-        self._setting, self._world, self._checkpointer, self._log = config.checkpoint.memory, world, checkpointer, log
+        self._setting, self._world, self._checkpointer = config.checkpoint.memory, world, checkpointer
+        self._write = write
         every = self._setting if type(self._setting) is int else None
         self._schedule = SnapshotSchedule(every)
         self._folder: SnapshotFolder | None = None
@@ -91,7 +91,7 @@ class MemorySnapshots:
         self._folder = self._writer = None
         if self._setting != "auto":
             raise ConfigError(f"checkpoint.memory: {reason}", hint="set checkpoint.memory: auto, or false")
-        self._log.write(events.SnapshotsOffEvent(reason=reason))
+        self._write(events.SnapshotsOffEvent(reason=reason))
 
     # -- restart -------------------------------------------------------------------------------------------------------
 
@@ -116,7 +116,7 @@ class MemorySnapshots:
             above = newest.step if newest else -1
             restored, reasons = restore_snapshot(self._folder, self._world, train_state, self._declaration, above)
         if reasons:
-            self._log.write(events.SnapshotsUnusedEvent(reasons=tuple(reasons)))
+            self._write(events.SnapshotsUnusedEvent(reasons=tuple(reasons)))
         if restored is None:
             self._folder.remove_before(attempt)
             return None
@@ -130,7 +130,7 @@ class MemorySnapshots:
             num_bytes=restored.num_bytes,
             seconds=round(time.monotonic() - began, 4),
         )
-        self._log.write(events.ResumeEvent(step=restored.plan.step, source=None, committed_at=None, memory=memory))
+        self._write(events.ResumeEvent(step=restored.plan.step, source=None, committed_at=None, memory=memory))
         body = decode_state(restored.state.encode(), "the snapshot")
         return body["loop"], body["kept"]
 
@@ -159,7 +159,7 @@ class MemorySnapshots:
         try:
             costs = writer.collect()
         except StorageError as error:
-            self._log.write(events.SnapshotsOffEvent(reason=error.message))
+            self._write(events.SnapshotsOffEvent(reason=error.message))
             return
         if costs is None:
             return
@@ -174,7 +174,7 @@ class MemorySnapshots:
                 processor_s=round(costs.processor_s, 4),
                 num_bytes=costs.num_bytes,
             )
-            self._log.write(event)
+            self._write(event)
 
     def take(
         self,
@@ -198,7 +198,7 @@ class MemorySnapshots:
             self._writer.take(step, self._state(model, optimizer), encode, began)
         except (OSError, OutlastError) as error:
             self._writer.stop(0.0)
-            self._log.write(events.SnapshotsOffEvent(reason=f"the snapshot after step {step} failed: {error}"))
+            self._write(events.SnapshotsOffEvent(reason=f"the snapshot after step {step} failed: {error}"))
 
     def _state(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> TrainState:
         return TrainState(model, optimizer, self._checkpointer.naming)
