@@ -156,8 +156,13 @@ def settings_digest(declared: Mapping[str, Any]) -> str:
     return xxhash.xxh3_64_hexdigest(json.dumps(declared, sort_keys=True, default=str).encode())
 
 
+#: Begins the error of a rank that lost its peers while all went on in memory.
+NOT_IN_MEMORY = "training cannot go on in memory"
 #: In the errors of a rank whose peer has gone.
-_SECONDARY = ("Connection reset by peer", "Connection closed by peer", "Broken pipe", "gloo", "NCCL", "Socket Timeout")
+_SECONDARY = (
+    *("Connection reset by peer", "Connection closed by peer", "Broken pipe", "gloo", "NCCL", "Socket Timeout"),
+    NOT_IN_MEMORY,
+)
 
 
 def is_secondary_error(message: str) -> bool:
