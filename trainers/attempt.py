@@ -46,6 +46,7 @@ from outlast.trainers.data.arrow_samples import Samples
 from outlast.trainers.data.batch_plan import make_plan
 from outlast.trainers.distributed.determinism import make_deterministic
 from outlast.trainers.distributed.fsdp import shard
+from outlast.trainers.distributed.memory_snapshots import keeps_snapshots
 from outlast.trainers.distributed.world import World
 from outlast.trainers.host_info import host_facts, num_oom_kills, processor
 from outlast.trainers.loop.control import Control
@@ -129,6 +130,7 @@ class LoopOptions:
 
     static_graph: bool = False
     may_regroup: bool = False
+    keeps_snapshots: bool = False
     optimizer: torch.optim.Optimizer | None = None
 
 
@@ -205,7 +207,7 @@ def prepare_attempt(
     model = shard(model, world, config.exactness) if is_sharded else model.to(world.device)
     built = replace(built, model=model)
     world.mark("model")
-    options = LoopOptions(static_graph, may_regroup)
+    options = LoopOptions(static_graph, may_regroup, keeps_snapshots(config) and not may_regroup)
     prepared = make_loop(assignment, world, control, checkpointer, built, options)
     world.mark("data")
     return prepared
@@ -243,6 +245,7 @@ def make_loop(
         listeners=[tracking.apply],
         static_graph=options.static_graph,
         may_regroup=options.may_regroup,
+        snapshots_of=assignment.launch if options.keeps_snapshots else None,
         optimizer=options.optimizer,
     )
     return PreparedAttempt(checkpointer, loop, tracking, built)

@@ -21,9 +21,7 @@ from torch import nn
 from outlast.checkpointing import fault_injection as faults
 from outlast.checkpointing.checkpointer import Checkpointer
 from outlast.checkpointing.errors import OutlastError, StorageError
-from outlast.checkpointing.run_store.claims import list_attempts
-from outlast.checkpointing.run_store.events import EvalEvent, RegroupedEvent, StepEvent, parse_event
-from outlast.checkpointing.run_store.journal import read_events
+from outlast.checkpointing.run_store.events import RegroupedEvent
 from outlast.checkpointing.storage.base import Storage
 from outlast.trainers.attempt import (
     Assignment,
@@ -40,6 +38,7 @@ from outlast.trainers.distributed.determinism import make_deterministic
 from outlast.trainers.distributed.process_group import GenerationWorld, GroupConnections, connect, disconnect
 from outlast.trainers.distributed.world import World
 from outlast.trainers.loop.control import Control
+from outlast.trainers.loop.event_log import recorded_events
 from outlast.trainers.loop.non_finite import NonFiniteError, RolledBack
 from outlast.trainers.loop.optimizer import make_optimizer
 from outlast.trainers.loop.rank_activity import StepPhase
@@ -306,18 +305,10 @@ def _state_of(loop: Loop) -> dict[str, Any]:
 
 def _recorded(checkpointer: Checkpointer, before: Loop | None, state: dict[str, Any]) -> set[tuple[str, int]]:
     """Return kind and step of the kept events that the journals of earlier attempts have, on rank 0."""
+    if before is None or before.checkpointer.journal is None:
+        return recorded_events(checkpointer, state["kept"])
+    with suppress(StorageError):
+        before.checkpointer.flush()
+    newest = checkpointer.accepted[0].ref.step if checkpointer.accepted else -1
     kept = {(str(event["event"]), int(event["step"])) for event in state["kept"]}
-    accepted = checkpointer.accepted
-    newest = accepted[0].ref if accepted else None
-    known = {item for item in kept if newest is not None and item[1] <= newest.step}
-    if before is not None and before.checkpointer.journal is not None:
-        with suppress(StorageError):
-            before.checkpointer.flush()
-        return known | {(event.kind, event.step) for event in before.kept_events}
-    store = checkpointer.store
-    for attempt in list_attempts(store):
-        if attempt < checkpointer.attempt and (newest is None or attempt >= newest.attempt):
-            for event in map(parse_event, read_events(store, store.attempt_dir(attempt))):
-                if isinstance(event, StepEvent | EvalEvent):
-                    known.add((event.kind, event.step))
-    return known
+    return {item for item in kept if item[1] <= newest} | {(event.kind, event.step) for event in before.kept_events}

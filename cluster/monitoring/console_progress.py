@@ -194,7 +194,12 @@ class ProgressReporter:
             case events.ResumeEvent():
                 skipped = [f"skipped {item.checkpoint}: {'; '.join(item.reasons)}" for item in event.rejected]
                 skipped += [f"skipped {ref}: the run failed to start from it twice" for ref in event.passed_over]
-                return [*skipped, f"resumed from {event.source}"]
+                memory = f"the workers' memory, after step {event.step}"
+                return [*skipped, f"resumed from {memory if event.memory else event.source}"]
+            case events.SnapshotsUnusedEvent(reasons=reasons):
+                return [f"snapshots in memory were not used: {'; '.join(reasons)}"]
+            case events.SnapshotsOffEvent(reason=reason):
+                return [f"no snapshots are kept in memory: {reason}"]
             case events.StartEvent():
                 return ["workers are ready; starting with step 1"]
         return []

@@ -144,6 +144,11 @@ class AttemptTimeline:
         return self.start.source if isinstance(self.start, events.ResumeEvent) else None
 
     @property
+    def has_resumed(self) -> bool:
+        """Whether it continued from a checkpoint, or from snapshots in memory."""
+        return isinstance(self.start, events.ResumeEvent)
+
+    @property
     def start_step(self) -> int:
         return self.start.step if self.start else 0
 

@@ -241,7 +241,7 @@ def _markers(timeline: Timeline, begin: float) -> Iterator[dict[str, Any]]:
             "message": item.message[:1000],
         }
     for attempt in timeline.claimed_attempts:
-        if attempt.start is not None and attempt.resume_point is not None:
+        if attempt.start is not None and attempt.has_resumed:
             at, cause = round(attempt.start.t - begin, 2), f"attempt {attempt.id.number} resumed"
             yield {"kind": "restore", "t": at, "step": attempt.start_step, "attempt": str(attempt.id), "cause": cause}
 
@@ -303,7 +303,7 @@ def _attempt_row(attempt: AttemptTimeline, end: AttemptEnd, successor: AttemptTi
         "device": claim.get("device"),
         "parallel": claim.get("parallel"),
         "versions": claim.get("versions", {}),
-        "from": attempt.start_step if attempt.resume_point else None,
+        "from": attempt.start_step if attempt.has_resumed else None,
         "has_begun": attempt.start is not None,
         "steps": made,
         "cause": end.cause,

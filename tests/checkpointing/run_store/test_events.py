@@ -24,7 +24,10 @@ from outlast.checkpointing.storage.local import LocalStorage
 #: What 0.1.0 writes of each kind beside `t` and `event`; a key with a question mark is not always there.
 KEYS = {
     "start": "",
-    "resume": "step source committed_at rejected passed_over",
+    "resume": "step source committed_at rejected passed_over memory?",
+    "snapshots-unused": "reasons",
+    "snapshots-off": "reason",
+    "snapshot-interval": "steps blocked_s fenced_s processor_s num_bytes",
     "regrouped": "step attempt? lost source world_size? noticed_at? marks",
     "no-checkpoint": "rejected",
     "changed": "what before now same_bits",
