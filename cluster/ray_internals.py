@@ -33,6 +33,7 @@ _HOME = {
     "_set_torch_distributed_env_vars": "ray.train.torch.config",
     "_setup_torch_process_group": "ray.train.torch.config",
     "get_or_create_autoscaling_coordinator": "ray.data._internal.cluster_autoscaler.default_autoscaling_coordinator",
+    "get_env_vars_to_propagate": f"{_TRAIN}.constants",
     "get_runtime_env_info": "ray._private.utils",
     "init_grpc_channel": "ray._private.grpc_utils",
     "node_manager_pb2": "ray.core.generated",
