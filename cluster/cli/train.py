@@ -52,7 +52,7 @@ def train(
             ends_root = take_over and not of_client
             finished = _attach(config, declared, address, interruption, ends_root=ends_root)
             if finished is None:
-                from outlast.cluster.driver.detached.root import detached_host
+                from outlast.cluster.driver.detached.host import detached_host
                 from outlast.cluster.driver.launch import Launch
 
                 code = str(run_file.parent.absolute())

@@ -132,7 +132,9 @@ class Launch:
         try:
             return self._run(address)
         except INTERRUPTIONS:
-            raise Interrupted(f"interrupted; {exit_when_interrupted(self.store)[1]}", hint="run the same command again") from None
+            raise Interrupted(
+                f"interrupted; {exit_when_interrupted(self.store)[1]}", hint="run the same command again"
+            ) from None
 
     def quit(self) -> tuple[int, str]:
         """Record that the driver's process is about to exit without an orderly end; callable from any thread.

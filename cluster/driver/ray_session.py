@@ -133,7 +133,9 @@ def _ray_folder() -> str:
 
     Raises PreflightError if Ray cannot work in that directory.
     """
-    from outlast.cluster.fault_tolerance.failure_cause import OWN_RAY  # it imports torch, which joining a cluster need not
+    from outlast.cluster.fault_tolerance.failure_cause import (
+        OWN_RAY,
+    )  # it imports torch, which joining a cluster need not
 
     variable = "RAY_TMPDIR" if os.environ.get("RAY_TMPDIR") else "TMPDIR"
     root = Path(os.environ.get("RAY_TMPDIR") or tempfile.gettempdir()).absolute()

@@ -1,7 +1,7 @@
-"""A driver's connection to the root actor of a launch: it forwards events to the console and stop requests to the root.
+"""A driver's connection to the root actor of a launch: it forwards events to the console, and stop requests to it.
 
-A new driver must be attached in seconds, so nothing here may import torch. The result of the launch, which it gets last,
-does.
+A new driver must be attached in seconds, so nothing here may import torch; only the result of the launch, which comes
+last, does.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING, Any
 import ray
 from ray.exceptions import ActorUnavailableError, GetTimeoutError, RayActorError, RayError
 
-from outlast.checkpointing.errors import OutlastError, StorageError
-from outlast.checkpointing.run_store import events
+from outlast.checkpointing.errors import OutlastError, PreflightError, StorageError
 from outlast.checkpointing.run_store.liveness import end_for, open_launch_files
 from outlast.checkpointing.run_store.store import RunStore
+from outlast.checkpointing.storage.factory import open_storage
 from outlast.cluster.driver.ray_session import ray_session
 from outlast.cluster.driver.signals import INTERRUPTIONS, exit_when_interrupted, stop_event
 
@@ -85,7 +85,6 @@ class Attachment:
                     if stopping.is_set():
                         if kill_at is None:
                             kill_at = time.monotonic() + _STOP_SHARE * float(os.environ.get(_JOB_STOP_VARIABLE, "inf"))
-                            listener(events.StoppingEvent().to_json())
                         self._call("stop")
                         if time.monotonic() > kill_at:
                             raise KeyboardInterrupt
@@ -145,14 +144,30 @@ def attached(store: RunStore, address: str | None) -> Iterator[tuple[Attachment,
         yield None
         return
     with ray_session(address):
-        found = ((find_root(body["root"], launch, store), body) for launch, body in sorted(bodies.items(), reverse=True))
+        found = ((find_root(body["root"]), body) for _, body in sorted(bodies.items(), reverse=True))
         yield next(((attachment, body) for attachment, body in found if attachment is not None), None)
 
 
-def find_root(name: str, launch: str, store: RunStore) -> Attachment | None:
-    """Return the connection to a root actor of this cluster that answers; None without one."""
+def find_root(name: str) -> Attachment | None:
+    """Return the connection to a root actor of this cluster that answers and has begun; None without one."""
+    run, _, launch = name.rpartition("/")
     with contextlib.suppress(ValueError, RayError):
         actor = ray.get_actor(name, namespace=NAMESPACE)
-        if ray.get(actor.is_running.remote(), timeout=CALL_TIMEOUT_S):
-            return Attachment(actor, launch, store)
+        if url := ray.get(actor.storage.remote(), timeout=CALL_TIMEOUT_S):
+            return Attachment(actor, launch, RunStore(open_storage(url), run))
     return None
+
+
+def stop_run(run: str, address: str) -> Finished | None:
+    """Have the root actors of a run on this cluster commit and end, and wait for it. Return None if there is none.
+
+    Raises PreflightError if they are of runs in several storages.
+    """
+    with ray_session(address):
+        names = [item["name"] for item in ray.util.list_named_actors(True) if item["namespace"] == NAMESPACE]
+        found = [root for name in names if name.rpartition("/")[0] == run and (root := find_root(name))]
+        if len(urls := sorted({root.store.storage.url for root in found})) > 1:
+            hint = "attach to the one that is meant: outlast train RUN.yaml --address …; and press Ctrl-C"
+            raise PreflightError(f"several runs are named {run}: in {', '.join(urls)}", hint=hint)
+        ends = [root.follow(lambda body: None, stop=True) for root in found]
+    return ends[-1] if ends else None

@@ -3,6 +3,8 @@
 Ray ends an actor with the process that owns it. This actor is detached, so its owner is the cluster; Ray Train's
 controller, the coordinator and the workers live below it and end with it. It must never stay without a reason: it ends
 with its launch, on a stop request, or when no driver has called for `failure.lease`.
+
+A driver that attaches imports this module, so what the workers need is imported by the actor alone.
 """
 
 from __future__ import annotations
@@ -14,31 +16,28 @@ import time
 from collections import deque
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 import ray
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from outlast.checkpointing.errors import OutlastError
 from outlast.checkpointing.redaction import redact
 from outlast.checkpointing.run_store import events
 from outlast.checkpointing.run_store.attempt_history import settings_digest
 from outlast.checkpointing.run_store.liveness import LivenessFile
-from outlast.cluster.config.run_config import RunConfig
-from outlast.cluster.driver.detached.attachment import NAMESPACE, Attachment, root_name
-from outlast.cluster.driver.launch import EventListener, Finished, record_end, train_to_end
-from outlast.cluster.driver.ray_train import NODES_WAIT_S, WAIT_VARIABLE
+from outlast.cluster.driver.detached.attachment import root_name
 from outlast.cluster.driver.signals import INTERRUPTIONS
-from outlast.cluster.fault_tolerance.failure_cause import RunFailed
-from outlast.cluster.ray_internals import get_env_vars_to_propagate
-from outlast.trainers.attempt import Assignment
 
-#: How long a root waits for its work beyond what the driver may wait for nodes, and for a driver to take the result.
-_IDLE_S = 600.0
+if TYPE_CHECKING:
+    from outlast.cluster.config.run_config import RunConfig
+    from outlast.cluster.driver.launch import Finished
+    from outlast.trainers.attempt import Assignment
+
+#: How long a result waits for a driver to take it.
 _TAKEN_S = 10.0
 _POLL_S = 0.5
 _NUM_EVENTS = 10_000
-_NUM_CALLS = 8  # at a time
 
 
 @dataclass(frozen=True)
@@ -55,17 +54,19 @@ class RootWork:
 class LaunchRoot:
     """The actor. A driver starts it with `start`; any driver then polls for events and, at last, the result."""
 
-    def __init__(self, idle_s: float = _IDLE_S) -> None:
+    def __init__(self, idle_s: float) -> None:
+        """Wait `idle_s` for the work."""
         self._stopping, self._ended, self._taken = threading.Event(), threading.Event(), threading.Event()
         self._lock = threading.Lock()
         self._events: deque[dict[str, Any]] = deque(maxlen=_NUM_EVENTS)
         self._num_events = self._num_seen = 0
-        self._plan: dict[str, Any] | None = None
+        self._context: list[dict[str, Any]] = []
         self._end: Finished | BaseException | None = None
         self._called_at = time.monotonic()
         self._lease_s: float | None = idle_s
-        self._is_started = False
+        self._storage = ""
         threading.Thread(target=self._watch, daemon=True).start()
+        threading.Thread(target=import_module, args=("outlast.cluster.driver.launch",), daemon=True).start()
 
     def start(self, work: RootWork) -> None:
         """Begin to run the workers."""
@@ -74,28 +75,27 @@ class LaunchRoot:
         path, digest = f"{store.launch_dir(launch)}/alive.json", settings_digest(work.assignment.declared)
         liveness = LivenessFile(store.storage, path, digest, work.began, root=root_name(store.run, launch))
         self._lease_s, self._called_at = work.config.failure.lease_s, time.monotonic()
-        self._is_started = True
+        self._storage = store.storage.url
         threading.Thread(target=self._run, args=(work, liveness), daemon=True).start()
 
-    def is_running(self) -> bool:
-        """Return whether the launch has begun, and its result is not taken."""
-        return self._is_started and not self._taken.is_set()
+    def storage(self) -> str:
+        """Return the URL of the run's storage; empty before the launch has begun, and once its result is taken."""
+        return "" if self._taken.is_set() else self._storage
 
     def poll(self, cursor: int | None) -> tuple[list[dict[str, Any]], int, Finished | BaseException | None]:
         """Return the events after `cursor`, the next cursor, and the result once there is one.
 
-        Without a cursor: the current plan, and the events that no driver has received.
+        Without a cursor: the events that no driver has received, after those without which they cannot be shown.
         """
         with self._lock:
             self._called_at = time.monotonic()
             end = self._end  # before the events: the result comes with the last of them
-            is_new = cursor is None
             since = self._num_seen if cursor is None else cursor
             self._num_seen = max(self._num_seen, since)
             oldest = self._num_events - len(self._events)
             bodies = list(self._events)[max(0, since - oldest) :]
-            if is_new and self._plan is not None and self._plan not in bodies:
-                bodies.insert(0, self._plan)
+            if cursor is None:
+                bodies = [body for body in self._context if body not in bodies] + bodies
             return bodies, self._num_events, end
 
     def stop(self) -> None:
@@ -111,8 +111,11 @@ class LaunchRoot:
         with self._lock:
             self._events.append(body)
             self._num_events += 1
-            if isinstance(events.parse_event(body), events.PlanEvent):
-                self._plan = body
+            match events.parse_event(body):
+                case events.PlanEvent():
+                    self._context = [body]
+                case events.UnderWayEvent():
+                    self._context.append(body)
 
     def _run(self, work: RootWork, liveness: LivenessFile) -> None:
         def listen(body: dict[str, Any]) -> None:
@@ -122,6 +125,9 @@ class LaunchRoot:
         @contextlib.contextmanager
         def stops() -> Iterator[threading.Event]:
             yield self._stopping
+
+        from outlast.cluster.driver.launch import record_end, train_to_end
+        from outlast.cluster.fault_tolerance.failure_cause import RunFailed
 
         store, launch = work.config.store, work.assignment.launch
         try:
@@ -143,7 +149,7 @@ class LaunchRoot:
         while not self._ended.wait(_POLL_S):
             if self._lease_s is None or time.monotonic() - self._called_at < self._lease_s:
                 continue
-            if not self._is_started:
+            if not self._storage:
                 break
             if not self._stopping.is_set():
                 self._add_event(events.NoteEvent(text="no driver within failure.lease: stopping").to_json())
@@ -152,42 +158,3 @@ class LaunchRoot:
             pass
         time.sleep(_POLL_S)  # the answer to `leave` is on its way
         ray.kill(ray.get_runtime_context().current_actor)
-
-
-class DetachedHost:
-    """Runs a launch's workers below a root actor, which this driver starts and attaches to."""
-
-    def __init__(self, attachment: Attachment) -> None:
-        self._attachment = attachment
-
-    def train(
-        self, config: RunConfig, assignment: Assignment, cpus: float, listener: EventListener, liveness: LivenessFile
-    ) -> Finished:
-        """Run the workers to the launch's end. Raises as `run_workers`, and RootLost."""
-        work = RootWork(config, assignment, cpus, liveness.began, get_env_vars_to_propagate())
-        liveness.hand_over()
-        ray.get(self._attachment.actor.start.remote(work))
-        return self._attachment.follow(listener)
-
-    def kill(self) -> None:
-        """End the workers at once."""
-        self._attachment.kill()
-
-
-@contextlib.contextmanager
-def detached_host(config: RunConfig, launch: str) -> Iterator[DetachedHost]:
-    """Start the root actor of a launch, on this driver's node; its imports are made while the driver goes on.
-
-    It outlives the body only if the driver is killed, or fails while it shows the progress.
-    """
-    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    wait_s = float(os.environ.get(WAIT_VARIABLE) or NODES_WAIT_S)
-    actor_class = ray.remote(num_cpus=0, max_concurrency=_NUM_CALLS, scheduling_strategy=here)(LaunchRoot)
-    options = {"name": root_name(config.name, launch), "namespace": NAMESPACE, "lifetime": "detached"}
-    actor = actor_class.options(**options).remote(wait_s + _IDLE_S)
-    attachment = Attachment(actor, launch, config.store)
-    try:
-        yield DetachedHost(attachment)
-    except (OutlastError, *INTERRUPTIONS):
-        attachment.kill()
-        raise
