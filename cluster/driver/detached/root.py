@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from outlast.trainers.attempt import Assignment
 
 #: How long a result waits for a driver to take it.
-_TAKEN_S = 10.0
+_TAKEN_S = 20.0
 _POLL_S = 0.5
 _NUM_EVENTS = 10_000
 

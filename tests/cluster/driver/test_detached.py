@@ -191,7 +191,7 @@ def test_a_run_without_a_driver_is_stopped(make_run: Callable[..., Run], cluster
 @pytest.mark.ray
 @pytest.mark.faults  # a minute
 def test_the_lease_ends_a_run_that_no_driver_follows(make_run: Callable[..., Run], cluster: Cluster) -> None:
-    run = make_run(lease="3s")
+    run = make_run(lease="10s")
     run.lose_its_driver()
     run.wait(lambda: run.alive["ended"])
     assert run.alive["exit_code"] == 75
