@@ -453,7 +453,7 @@ class NoRoomEvent(Event, kind="no-room"):
 class PhaseEvent(Event, kind="phase"):
     """The driver begins a phase of the launch. Not journaled."""
 
-    name: Annotated[str, "`data`, `dry_step` or `ray`"]
+    name: Annotated[str, "`data`, `dry_step`, `ray` or `attached`"]
     launch: Annotated[str | None, "name of the launch"] = None
     num_steps: Annotated[int | None, "steps of the whole run"] = None
     num_samples: Annotated[int | None, "samples of an epoch"] = None

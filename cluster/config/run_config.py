@@ -82,6 +82,11 @@ class FailureSettings(TrainingFailureSettings):
     survive_head: bool = False
     """`submit` lets the driver run on a worker's node, for 0.01 of a CPU; the head must offer none. If Ray's tables are
     on a persistent volume (docs/how-to/recover.md), training continues while the head is down."""
+    survive_driver: bool = True
+    """On an existing cluster: the run goes on when its driver is killed, or its terminal is lost. The same command
+    attaches to it again; `outlast stop`, Ctrl-C and SIGTERM end it. A local Ray ends with its driver."""
+    lease: Duration | None = SaveInterval.parse("24h")
+    """A run that has been without a driver for this time saves a checkpoint and ends. null: it goes on to its end."""
     hang_after: Duration | None = SaveInterval.parse("2m")
     """A group that makes no progress for this time, and for 20 times the median step, is killed and restarted. Phases
     of varying length (start, first steps, reading data, evaluation, saves) may take 15 times as long. null: never."""
@@ -97,6 +102,10 @@ class FailureSettings(TrainingFailureSettings):
     @property
     def hang_after_s(self) -> float | None:
         return None if self.hang_after is None else self.hang_after.amount
+
+    @property
+    def lease_s(self) -> float | None:
+        return None if self.lease is None else self.lease.amount
 
     @property
     def limits(self) -> RestartLimits:

@@ -42,6 +42,8 @@ from outlast.trainers.config.train import Exactness
 NODES_WAIT_S = 60.0
 #: Set where nodes start only on request, as with the autoscaler of a rendered RayJob: how many seconds to wait.
 WAIT_VARIABLE = "OUTLAST_WAIT_FOR_NODES_S"
+#: Makes the event that a stop request sets.
+Stops = Callable[[], contextlib.AbstractContextManager[threading.Event]]
 POLL_S = 0.5  # Ray Train polls its workers every 2 s by default; with more than 64 of them, less often
 
 
@@ -107,9 +109,15 @@ def _fit_in(scale: ScaleSettings, available: Mapping[str, float], is_joined: boo
 
 
 def run_workers(
-    config: RunConfig, assignment: Assignment, cpus: float, listener: Callable[[dict[str, Any]], None]
+    config: RunConfig,
+    assignment: Assignment,
+    cpus: float,
+    listener: Callable[[dict[str, Any]], None],
+    stops: Stops = stop_event,
 ) -> dict[str, Any]:
     """Run the worker group to its end, restarts included. Returns the result of `train_worker`.
+
+    `stops` gives the event of a stop request; the default is the first SIGINT or SIGTERM.
 
     Raises:
         OutlastError: The run is given up, or the group ended without a result.
@@ -126,7 +134,7 @@ def run_workers(
             end["failure"] = error
 
     # In a side thread, because Ray Train handles SIGINT itself in the main one.
-    _follow(threading.Thread(target=fit, daemon=True), coordinator, listener)
+    _follow(threading.Thread(target=fit, daemon=True), coordinator, listener, stops)
     with contextlib.suppress(ray.exceptions.RayError):
         ray.kill(coordinator)
     if "failure" in end:
@@ -165,9 +173,11 @@ def _make_trainer(config: RunConfig, assignment: Assignment, cpus: float) -> Tra
     )
 
 
-def _follow(thread: threading.Thread, coordinator: Any, listener: Callable[[dict[str, Any]], None]) -> None:
+def _follow(
+    thread: threading.Thread, coordinator: Any, listener: Callable[[dict[str, Any]], None], stops: Stops
+) -> None:
     """Start the thread that runs the workers. Until it ends, forward their events, and a stop request to them."""
-    with stop_event() as stopping:
+    with stops() as stopping:
         thread.start()
         is_stopping = has_begun = False
         while thread.is_alive():

@@ -32,7 +32,12 @@ from outlast.cluster.output import make_console, safe_line, safe_lines
 PLAIN_PERIOD_S = 10.0
 WATCH_PERIOD_S = FLUSH_S / 2  # journals are written once in FLUSH_S
 LOST_TIMEOUT_S = 600.0  # a supervisor stops a job that is silent for 180 s, and waits up to 300 s before the next
-_PHASES = {"data": "preparing data", "dry_step": "trying the first step", "ray": "starting workers"}
+_PHASES = {
+    "data": "preparing data",
+    "dry_step": "trying the first step",
+    "ray": "starting workers",
+    "attached": "attached to the running launch",
+}
 #: What the driver does after an event; empty after the plan, when the run's state says it all.
 _ACTIVITIES = {
     events.GroupFailureEvent: "restarting",
@@ -140,7 +145,7 @@ class ProgressReporter:
             if not self._launch:
                 self._launch = str(event.launch)
                 self._timeline.launch(self._launch).alive = {"began": event.t, "t": event.t, "ended": False}
-            if event.name == "ray" and self._store is not None and self._display is not None:
+            if event.name in ("ray", "attached") and self._store is not None and self._display is not None:
                 threading.Thread(target=self._load_history, args=(self._store,), daemon=True).start()
         elif attempt is not None:
             record = self._timeline.attempt(attempt)
