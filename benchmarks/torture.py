@@ -3,9 +3,9 @@
     python -m benchmarks.torture [--quick] [--json FILE]
 
 A 30,000-weight GPT-2 on two workers and one spare, of so many steps that it takes about half an hour (five minutes with
-`--quick`). The rank to kill is drawn anew each time, rank 0 included; the seed and each kill are in the result. Weights,
-optimizer state and losses must be those of the same run undisturbed. Bare Ray Train is under the same kills for as
-long, with a checkpoint as often.
+`--quick`). The rank to kill is drawn anew each time, rank 0 included; the seed and each kill are in the result.
+Weights, optimizer state and losses must be those of the same run undisturbed. Bare Ray Train is under the same kills
+for as long, with a checkpoint as often.
 """
 
 from __future__ import annotations

@@ -44,7 +44,6 @@ _HOME = {
     "bundle_to_remote_args": f"{_TRAIN}.util",
     "get_env_vars_to_propagate": f"{_TRAIN}.constants",
     "get_or_create_autoscaling_coordinator": "ray.data._internal.cluster_autoscaler.default_autoscaling_coordinator",
-    "get_env_vars_to_propagate": f"{_TRAIN}.constants",
     "get_runtime_env_info": "ray._private.utils",
     "init_grpc_channel": "ray._private.grpc_utils",
     "node_manager_pb2": "ray.core.generated",

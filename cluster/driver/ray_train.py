@@ -21,7 +21,7 @@ from outlast.checkpointing.run_store.events import PlanEvent, StoppingEvent, par
 from outlast.checkpointing.storage.retry import call_with_retries, constant_pauses
 from outlast.cluster.config.run_config import RunConfig, ScaleSettings
 from outlast.cluster.driver.elastic_resize import Resizer, scaling
-from outlast.cluster.driver.in_place_workers import InPlaceController, InPlaceGroup
+from outlast.cluster.driver.in_place.worker_group import InPlaceController, InPlaceGroup
 from outlast.cluster.driver.loopback_group import TorchGroup
 from outlast.cluster.driver.signals import stop_event
 from outlast.cluster.driver.warm_standby import worker_environment

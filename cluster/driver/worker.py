@@ -27,7 +27,7 @@ from outlast.checkpointing.run_store.store import RunStore
 from outlast.checkpointing.storage.base import Storage
 from outlast.checkpointing.storage.factory import open_storage
 from outlast.cluster.driver.coordinator_client import CoordinatorClient
-from outlast.cluster.driver.in_place_invitation import accepted
+from outlast.cluster.driver.in_place.invitation import accepted
 from outlast.cluster.driver.prometheus import PrometheusGauges
 from outlast.cluster.driver.warm_standby import PREWARM_VARIABLE, Standbys
 from outlast.cluster.fault_tolerance.failure_cause import RankError

@@ -15,7 +15,7 @@ from ray.runtime_env import RuntimeEnv
 
 from outlast.cluster import ray_internals
 from outlast.cluster.driver.elastic_resize import Resizer
-from outlast.cluster.driver.in_place_workers import InPlaceWorkerGroup
+from outlast.cluster.driver.in_place.worker_group import InPlaceWorkerGroup
 from outlast.cluster.driver.ray_session import ray_session
 from outlast.cluster.fault_tolerance.failure_callback import FailureRecorder
 from outlast.cluster.fault_tolerance.failure_cause import OWN_RAY

@@ -14,6 +14,7 @@ import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from datetime import timedelta
+from types import MappingProxyType
 from urllib.parse import unquote, urlsplit
 
 import torch
@@ -96,7 +97,7 @@ class GenerationWorld(World):
         device: torch.device,
         node: str = "",
         log: str = "",
-        marks: Mapping[str, float] | None = None,
+        marks: Mapping[str, float] = MappingProxyType({}),
     ) -> None:
         self._connections = connections
         with connections.recording():
@@ -120,7 +121,7 @@ def connect(connections: GroupConnections, meeting: str, number: int, rank: int,
             shared: dist.Store = dist.FileStore(f"{unquote(place.path)}/{number}", size)
             shared.set_timeout(limit)
         else:
-            shared = dist.TCPStore(place.hostname, place.port, None, False, timeout=limit)
+            shared = dist.TCPStore(str(place.hostname), int(place.port or 0), None, False, timeout=limit)
         prefixed = dist.PrefixStore(f"generation-{number}", shared)
         dist.init_process_group("gloo", store=prefixed, rank=rank, world_size=size, timeout=_UNLIMITED)
 

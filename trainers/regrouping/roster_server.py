@@ -111,7 +111,7 @@ class RosterServer:
             if connection := self._connections.get(name):
                 self._send(name, {"kind": "expelled", "reason": reason})
                 loss = self._lose(name, connection, reason)
-        if connection:
+        if connection and loss:
             self._on_loss(loss)
 
     def _accept(self) -> None:

@@ -24,7 +24,7 @@ from ray.exceptions import RayActorError, RayError
 from ray.train.backend import Backend
 from ray.train.torch import TorchConfig
 
-from outlast.cluster.driver.in_place_invitation import Invitation, accept
+from outlast.cluster.driver.in_place.invitation import Invitation, accept
 from outlast.cluster.fault_tolerance.failure_callback import FailureRecorder
 from outlast.cluster.fault_tolerance.failure_cause import AnnouncedLoss, RankError, SilentWorker, unwrap_error
 from outlast.cluster.ray_internals import (
@@ -84,6 +84,8 @@ class _Slot:
 
 class InPlaceWorkerGroup(WorkerGroup):  # type: ignore[misc]
     """Ray Train's worker group with a roster."""
+
+    _worker_group_state: Any
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
@@ -323,6 +325,8 @@ class InPlaceController(TrainController):  # type: ignore[misc]
     """Ray Train's controller of such a group. The group itself handles announced losses and changes of its size."""
 
     worker_group_cls = InPlaceWorkerGroup
+    _worker_group_callbacks_to_propagate: list[Any]
+    _scaling_policy: Any
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
