@@ -214,9 +214,9 @@ def _regroup(
     marks: dict[str, float],
 ) -> PreparedAttempt | None:
     """Prepare the next attempt in memory; None if a later launch has claimed the run. Every rank calls it."""
-    loop = held.loop if held is not None else None
+    loop, tracking = (held.loop, held.tracking) if held is not None else (None, None)
     if not any(world.gather(loop is not None and loop.progress is not None)):
-        return prepare_attempt(assignment, storage, world, control, may_regroup=True)
+        return prepare_attempt(assignment, storage, world, control, may_regroup=True, tracking=tracking)
     if built is None:
         built = _build_spare(assignment, storage, world.device)
     faults.arm(assignment.faults, world.rank)
@@ -228,7 +228,7 @@ def _regroup(
     source, state = share_state(world, built.model, optimizer, progress, mine, forget)
     world.has_equal_weights = all(parameter.requires_grad for parameter in built.model.parameters())
     marks["state"] = time.time()
-    checkpointer = claim_attempt(assignment, storage, world)
+    checkpointer = claim_attempt(assignment, storage, world, state["attempt"])
     if checkpointer.superseded:
         return None
     control.claimed(str(checkpointer.attempt))
@@ -237,7 +237,7 @@ def _regroup(
     checkpointer.declaration |= state["declared"]
     checkpointer.continue_in_memory(state["step"])
     make_deterministic(assignment.config.deterministic, state["declared"]["num_threads"])
-    options = LoopOptions(may_regroup=True, optimizer=optimizer)
+    options = LoopOptions(may_regroup=True, optimizer=optimizer, tracking=tracking)
     prepared = make_loop(assignment, world, control, checkpointer, built, options)
     recorded = _recorded(checkpointer, loop, state) if world.rank == 0 else set()
     if checkpointer.journal is not None:
@@ -251,7 +251,7 @@ def _regroup(
             marks={name: round(at, 4) for name, at in marks.items()},
         )
         checkpointer.journal.write(event)
-        control.progress(event.to_json())
+        checkpointer.listener(event.to_json())
     prepared.loop.load_in_memory(state, recorded)
     return prepared
 
