@@ -143,12 +143,14 @@ class PreparedAttempt:
         loop: Its loop.
         tracking: Its trackers.
         built: Its model.
+        members: Names of its processes by rank, if it may go on in memory.
     """
 
     checkpointer: RegroupingCheckpointer
     loop: Loop
     tracking: Tracking
     built: BuiltModel
+    members: tuple[str, ...] = ()
 
     def train(self) -> Outcome:
         """Train. Raises as `Loop.run`."""

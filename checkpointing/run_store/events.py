@@ -98,6 +98,7 @@ class RegroupedEvent(Event, kind="regrouped"):
     step: Step
     attempt: Annotated[str | None, "name of the attempt before"] = None
     lost: Annotated[tuple[str, ...], "the processes that were lost"] = ()
+    ranks: Annotated[tuple[int, ...], "their ranks in the attempt before"] = ()
     source: Annotated[int, "the rank whose state the others took"] = 0
     world_size: Annotated[int | None, "number of workers"] = None
     noticed_at: Annotated[float | None, "when the loss was noticed, in seconds since the epoch"] = None
@@ -382,7 +383,10 @@ class Reached:
 
 
 class GroupFailureEvent(Event, kind="failure"):
-    """A worker group ended by a failure or a preemption. The last four fields are of the live message alone."""
+    """A worker group ended by a failure or a preemption, or lost a process and went on in memory.
+
+    The last four fields are of the live message alone, and of an end of the group: a loss in memory has no limit.
+    """
 
     attempt: Annotated[str, "name of the attempt, or `unclaimed`"] = "unclaimed"
     noticed_at: Annotated[float | None, "when it was noticed, in seconds since the epoch"] = None
