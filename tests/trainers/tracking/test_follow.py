@@ -149,7 +149,7 @@ def test_losses_that_the_group_survives_in_memory(
 
 def test_steps_that_a_lost_rank_0_left_out_are_taken_from_the_next_journal(storage: LocalStorage) -> None:
     """Steps 5 and 6 were made in the first attempt and recorded in the second; the third resumes from step 6."""
-    events = {
+    events: dict[int, list[dict[str, Any]]] = {
         1: [{"event": "start"}, *({"event": "step", "step": step} for step in range(1, 5))],
         2: [
             {"event": "regrouped", "step": 7, "attempt": "0001-0001", "marks": {}},
