@@ -93,6 +93,8 @@ def end_of_attempt(
             return end
         message = f"{failure.cause}: {failure.message}"
         return replace(end, message=message, rank=failure.rank, where=failure.where or "", at=_noticed_at(failure))
+    if failure is not None and failure.in_place and is_open and not has_successor:
+        return AttemptEnd(AttemptOutcome.OPEN)  # the others are going on
     if failure is not None:
         outcome = AttemptOutcome.PREEMPTED if failure.cause == "preempted" else AttemptOutcome.FAILED
         at, where = _noticed_at(failure), failure.where or ""
@@ -171,8 +173,13 @@ def settings_digest(declared: Mapping[str, Any]) -> str:
     return xxhash.xxh3_64_hexdigest(json.dumps(declared, sort_keys=True, default=str).encode())
 
 
+#: Begins the error of a rank that lost its peers while all went on in memory.
+NOT_IN_MEMORY = "training cannot go on in memory"
 #: In the errors of a rank whose peer has gone.
-_SECONDARY = ("Connection reset by peer", "Connection closed by peer", "Broken pipe", "gloo", "NCCL", "Socket Timeout")
+_SECONDARY = (
+    *("Connection reset by peer", "Connection closed by peer", "Broken pipe", "gloo", "NCCL", "Socket Timeout"),
+    NOT_IN_MEMORY,
+)
 
 
 def is_secondary_error(message: str) -> bool:

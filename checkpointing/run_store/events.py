@@ -383,10 +383,7 @@ class Reached:
 
 
 class GroupFailureEvent(Event, kind="failure"):
-    """A worker group ended by a failure or a preemption, or lost a process and went on in memory.
-
-    The last four fields are of the live message alone, and of an end of the group: a loss in memory has no limit.
-    """
+    """A worker was lost, or its group ended, by a failure or a preemption. The last four fields are live only."""
 
     attempt: Annotated[str, "name of the attempt, or `unclaimed`"] = "unclaimed"
     noticed_at: Annotated[float | None, "when it was noticed, in seconds since the epoch"] = None
@@ -396,6 +393,7 @@ class GroupFailureEvent(Event, kind="failure"):
     where: Annotated[str | None, "which ranks, and the path of the log"] = None
     raised: Annotated[str | None, "what code raised, and after which step"] = None
     reached: Annotated[Reached | None, "the last step that was reported live"] = None
+    in_place: Annotated[bool | None, "whether the other workers went on in memory"] = None
     number: Annotated[int | None, "failures (or preemptions) since the last progress"] = None
     limit: Annotated[int | None, "how many of them are allowed; -1 for any number"] = None
     ends: Annotated[bool | None, "whether the run is given up"] = None

@@ -163,7 +163,7 @@ class ProgressReporter:
     def _is_survived(self, event: events.GroupFailureEvent) -> bool:
         """Whether training goes on in memory after a loss."""
         regrouped = {attempt.regrouped_from for attempt in list(self._timeline.attempts.values())}
-        return event.number is None or event.attempt in regrouped
+        return bool(event.in_place) or event.attempt in regrouped
 
     def _describe_regrouping(self, event: events.Event, body: dict[str, Any]) -> list[str]:
         """Return the line of a regrouping, once training has gone on."""

@@ -11,9 +11,10 @@ from __future__ import annotations
 import os
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from datetime import timedelta
+from urllib.parse import unquote, urlsplit
 
 import torch
 import torch.distributed as dist
@@ -84,24 +85,42 @@ class GenerationWorld(World):
     Args:
         connections: Records the groups' sockets.
         device: Device of this rank.
+        node: As in `World`, like the next two.
+        log: The file of this process' standard error.
+        marks: When this process reached what comes before.
     """
 
-    def __init__(self, connections: GroupConnections, device: torch.device) -> None:
+    def __init__(
+        self,
+        connections: GroupConnections,
+        device: torch.device,
+        node: str = "",
+        log: str = "",
+        marks: Mapping[str, float] | None = None,
+    ) -> None:
         self._connections = connections
         with connections.recording():
-            super().__init__(device)
+            super().__init__(device, node, log, marks)
 
     def duplicate(self) -> RankGroup:
         with self._connections.recording():
             return super().duplicate()
 
 
-def connect(connections: GroupConnections, store: tuple[str, int], number: int, rank: int, size: int) -> None:
-    """Connect this process with the others of generation `number`. Raises RuntimeError if one of them is gone."""
+def connect(connections: GroupConnections, meeting: str, number: int, rank: int, size: int) -> None:
+    """Connect this process with the others of generation `number`, through the store or folder at the URL `meeting`.
+
+    Raises RuntimeError if one of them is gone.
+    """
     if size == 1:
         return
+    place, limit = urlsplit(meeting), timedelta(seconds=CONNECT_S)
     with connections.recording():
-        shared = dist.TCPStore(*store, None, False, timeout=timedelta(seconds=CONNECT_S))
+        if place.scheme == "file":
+            shared: dist.Store = dist.FileStore(f"{unquote(place.path)}/{number}", size)
+            shared.set_timeout(limit)
+        else:
+            shared = dist.TCPStore(place.hostname, place.port, None, False, timeout=limit)
         prefixed = dist.PrefixStore(f"generation-{number}", shared)
         dist.init_process_group("gloo", store=prefixed, rank=rank, world_size=size, timeout=_UNLIMITED)
 

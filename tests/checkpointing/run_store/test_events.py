@@ -57,7 +57,7 @@ KEYS = {
     "superseded": "step by",
     "stop": "step",
     "done": "step model",
-    "failure": "attempt noticed_at? cause rank message where? raised? reached? number? limit? ends? excerpt?",
+    "failure": "attempt noticed_at? cause rank message where? raised? reached? in_place? number? limit? ends? excerpt?",
     "resize": "before now planned attempt",
     "no-room": "since?",
     "phase": "name launch? num_steps? num_samples?",

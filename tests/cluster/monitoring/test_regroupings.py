@@ -201,8 +201,7 @@ SECOND = [
     {"sender": "0002-0002", **event}
     for event in (regrouped(26.5, 10), plan(26.6), under_way(28, 11), *steps(11, 12, 27))
 ]
-#: A loss in memory is checked against no limit.
-LOSS = failure(1, 25.6)
+LOSS = {**failure(1, 25.6), "in_place": True, "number": -1, "limit": -1, "ends": False}
 TOLD = "run: rank 1 lost (it was killed); training went on in memory after 3 s, no step lost"
 
 
@@ -213,12 +212,25 @@ def test_one_line_tells_of_it() -> None:
     assert told(*FIRST, *SECOND) == [begin, without, ""]
     late = "run: worker died, rank 1: it was killed"
     assert told(*FIRST, *SECOND, LOSS) == [begin, without, late, ""]
-    counted = {**LOSS, "number": 1, "limit": 3, "ends": False}
+    counted = {**failure(1, 25.6), "number": 1, "limit": 3, "ends": False}
     assert told(*FIRST, *SECOND, counted) == [begin, without, late, ""]
 
 
 def test_the_activity_is_regrouping_until_it_goes_on() -> None:
     assert told(*FIRST, *SECOND[:1])[-1] == "regrouping"
+    timeline = make_timeline(
+        launch("a", 0, 26.2, None, {**failure(1, 25.6), "in_place": True}),
+        attempt(1, 10, start(11), plan(12), steps(1, 10, 15)),
+    )
+    summary = take_snapshot(timeline, 26.3)
+    assert (summary.activity, summary.interruptions) == ("running", ()), "the others are going on"
+    given_up = make_timeline(
+        launch("a", 0, 60, None, {**failure(1, 25.6), "in_place": True}),
+        attempt(1, 10, start(11), plan(12), steps(1, 10, 15)),
+        attempt(2, 50, resume(52, 8), steps(9, 12, 55)),
+    )
+    [interruption] = take_snapshot(given_up, 60.0).interruptions
+    assert (interruption.cause, interruption.resumed_from) == ("worker died", 8)
 
 
 # -- real losses -------------------------------------------------------------------------------------------------------

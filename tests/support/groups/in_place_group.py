@@ -30,7 +30,7 @@ from outlast.trainers import in_place
 from outlast.trainers.attempt import Assignment
 from outlast.trainers.distributed import process_group
 from outlast.trainers.distributed.world import World
-from outlast.trainers.in_place import run_in_place
+from outlast.trainers.in_place import Environment, run_in_place
 from outlast.trainers.loop.rank_activity import StepPhase
 from outlast.trainers.loop.train_loop import Outcome
 from outlast.trainers.regrouping import peer_state
@@ -130,10 +130,12 @@ def _arm_regrouping(strikes: Sequence[Strike]) -> None:
             setattr(peer_state, "_send_piece", send)  # noqa: B010 - mypy refuses another signature
         if strike.place is Place.REFORMING:
 
-            def form(connections: Any, store: Any, number: int, rank: int, size: int, strike: Strike = strike) -> None:
+            def form(
+                connections: Any, meeting: str, number: int, rank: int, size: int, strike: Strike = strike
+            ) -> None:
                 if (number, rank) == (1, strike.rank):
                     strike.here()
-                connect(connections, store, number, rank, size)
+                connect(connections, meeting, number, rank, size)
 
             setattr(in_place, "connect", form)  # noqa: B010
 
@@ -184,11 +186,14 @@ def in_place_group(
     control: Quiet | None = None,
     is_elastic: bool = False,
     silence_s: float = 5.0,
+    meets_by_files: bool = False,
 ) -> Iterator[InPlaceGroup]:
     """Start a group; at the end whatever still runs is killed."""
-    server = RosterServer(Roster(size, is_elastic=is_elastic), silence_s=silence_s)
     folder = Path(storage.url) / f".in-place-{os.getpid()}-{time.monotonic_ns()}"
     folder.mkdir()
+    meeting_folder = folder if meets_by_files else None
+    roster = Roster(size, is_elastic=is_elastic)
+    server = RosterServer(roster, silence_s=silence_s, meeting_folder=meeting_folder)
     processes, pipes = [], []
     for number in range(size + num_spares):
         mine, theirs = _context.Pipe(duplex=False)
@@ -233,8 +238,7 @@ def _work(
             assignment,
             open_storage(url),
             lambda: Member(address, key, name, rank),
-            control,
-            torch.device("cpu"),
+            Environment(control, torch.device("cpu")),
             is_spare=rank is None,
         )
         answer = Ended(0, outcome=outcome)
