@@ -189,7 +189,7 @@ class InPlaceWorkerGroup(WorkerGroup):  # type: ignore[misc]
             killing = threading.Timer(0 if isinstance(error, SilentWorker) else _KILL_S, _kill, (lost.actor,))
             killing.daemon = True
             killing.start()
-        self._start(rank, lost.placement_group_bundle_index)
+        self._fill(rank, lost.placement_group_bundle_index)
 
     def _record_loss(self, lost: Any, error: BaseException) -> None:
         for callback in self._callbacks:
@@ -198,7 +198,7 @@ class InPlaceWorkerGroup(WorkerGroup):  # type: ignore[misc]
 
     # -- new workers ---------------------------------------------------------------------------------------------------
 
-    def _start(self, rank: int, bundle: int | None, then: Callable[[], None] = lambda: None) -> None:
+    def _fill(self, rank: int, bundle: int | None, then: Callable[[], None] = lambda: None) -> None:
         """Start a worker for a slot in a thread, unless one is being started: in a bundle, or where there is room."""
         with self._changing:
             if self._slots[rank].is_starting:
@@ -261,7 +261,7 @@ class InPlaceWorkerGroup(WorkerGroup):  # type: ignore[misc]
             return
         for rank, (slot, worker) in enumerate(zip(self._slots, self.get_workers(), strict=False)):
             if worker.metadata.node_id in draining and not slot.is_starting and not slot.is_replaced:
-                self._start(rank, None, then=partial(self._hand_over, rank))
+                self._fill(rank, None, then=partial(self._hand_over, rank))
 
     def _hand_over(self, rank: int) -> None:
         """Give the seat of a worker to the one that was started for it, once that has joined the roster."""
@@ -285,7 +285,7 @@ class InPlaceWorkerGroup(WorkerGroup):  # type: ignore[misc]
             first = len(self._slots)
             self._slots += [_Slot() for _ in range(num_workers - first)]
         for rank in range(first, num_workers):
-            self._start(rank, None)
+            self._fill(rank, None)
 
     # -- the end -------------------------------------------------------------------------------------------------------
 
