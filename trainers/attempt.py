@@ -23,6 +23,7 @@ from outlast.checkpointing.errors import StorageError
 from outlast.checkpointing.format.layout import RECORD
 from outlast.checkpointing.redaction import redact
 from outlast.checkpointing.regrouping_checkpointer import RegroupingCheckpointer
+from outlast.checkpointing.run_store.claims import REGROUPED_FROM
 from outlast.checkpointing.run_store.events import AttemptErrorEvent
 from outlast.checkpointing.run_store.store import RunStore
 from outlast.checkpointing.state.named_weights import WeightNaming
@@ -132,6 +133,7 @@ class LoopOptions:
     may_regroup: bool = False
     keeps_snapshots: bool = False
     optimizer: torch.optim.Optimizer | None = None
+    tracking: Tracking | None = None  #: that of this process' attempt before; its trackers go on
 
 
 @dataclass(frozen=True)
@@ -143,12 +145,14 @@ class PreparedAttempt:
         loop: Its loop.
         tracking: Its trackers.
         built: Its model.
+        members: Names of its processes by rank, if it may go on in memory.
     """
 
     checkpointer: RegroupingCheckpointer
     loop: Loop
     tracking: Tracking
     built: BuiltModel
+    members: tuple[str, ...] = ()
 
     def train(self) -> Outcome:
         """Train. Raises as `Loop.run`."""
@@ -170,11 +174,18 @@ class PreparedAttempt:
 
 
 def prepare_attempt(
-    assignment: Assignment, storage: Storage, world: World, control: Control, *, may_regroup: bool = False
+    assignment: Assignment,
+    storage: Storage,
+    world: World,
+    control: Control,
+    *,
+    may_regroup: bool = False,
+    tracking: Tracking | None = None,
 ) -> PreparedAttempt | None:
     """Claim the run and build its loop; None if a later launch has claimed it. Every rank calls it.
 
-    With `may_regroup` each rank keeps what the others need to go on in memory. Raises as `run_attempt`.
+    With `may_regroup` each rank keeps what the others need to go on in memory. `tracking` is that of this process'
+    attempt before. Raises as `run_attempt`.
     """
     config = assignment.config
     faults.arm(assignment.faults, world.rank)
@@ -207,7 +218,8 @@ def prepare_attempt(
     model = shard(model, world, config.exactness) if is_sharded else model.to(world.device)
     built = replace(built, model=model)
     world.mark("model")
-    options = LoopOptions(static_graph, may_regroup, keeps_snapshots(config) and not may_regroup)
+    keeps = keeps_snapshots(config) and not may_regroup
+    options = LoopOptions(static_graph, may_regroup, keeps, tracking=tracking)
     prepared = make_loop(assignment, world, control, checkpointer, built, options)
     world.mark("data")
     return prepared
@@ -233,7 +245,7 @@ def make_loop(
 ) -> PreparedAttempt:
     """Make the loop of an attempt that has claimed the run."""
     track = assignment.track or TrackSettings(to=[])
-    tracking = follow(track, checkpointer, flatten(dict(assignment.declared)), control.progress)
+    tracking = follow(track, checkpointer, flatten(dict(assignment.declared)), control.progress, options.tracking)
     loop = Loop(
         assignment.config,
         world,
@@ -251,8 +263,14 @@ def make_loop(
     return PreparedAttempt(checkpointer, loop, tracking, built)
 
 
-def claim_attempt(assignment: Assignment, storage: Storage, world: World) -> RegroupingCheckpointer:
-    """Claim the run once its storage answers; the claim lists the workers."""
+def claim_attempt(
+    assignment: Assignment, storage: Storage, world: World, regrouped_from: str | None = None
+) -> RegroupingCheckpointer:
+    """Claim the run once its storage answers; the claim lists the workers.
+
+    `regrouped_from` is the attempt that this one continues in memory. The claim names it, because it is durable at
+    once, unlike the journal, and a loss counts as a failure until it is known that training went on.
+    """
     config = assignment.config
     process = {"rank": world.rank, "host": socket.gethostname(), "node": world.node, "pid": os.getpid()}
     workers = world.gather({**process, "log": world.log, "oom_kills": num_oom_kills(), **host_facts(world.device)})
@@ -268,6 +286,7 @@ def claim_attempt(assignment: Assignment, storage: Storage, world: World) -> Reg
             "settings": dict(assignment.declared),
             "workers": workers,
             "record": f"{store.launch_dir(assignment.launch)}/{RECORD}",
+            **({REGROUPED_FROM: regrouped_from} if regrouped_from else {}),
         },
         retention=config.checkpoint.retention,
         max_shard_bytes=config.checkpoint.max_shard_bytes,

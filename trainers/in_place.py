@@ -12,7 +12,7 @@ import time
 import traceback
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -186,7 +186,10 @@ class _Training:
                     )
                 else:
                     self.held = prepare_attempt(self.assignment, self.storage, world, self.control, may_regroup=True)
-                return Outcome.SUPERSEDED if self.held is None else self.held.train()
+                if self.held is None:
+                    return Outcome.SUPERSEDED
+                self.held = replace(self.held, members=seat.generation.members)
+                return self.held.train()
         except Exception as error:  # raised again unless the generation has ended
             if not _is_of_loss(error, self.member, seat):
                 if self.held is not None:
@@ -256,21 +259,20 @@ def _regroup(
     marks: dict[str, float],
 ) -> PreparedAttempt | None:
     """Prepare the next attempt in memory; None if a later launch has claimed the run. Every rank calls it."""
-    loop = held.loop if held is not None else None
+    loop, tracking = (held.loop, held.tracking) if held is not None else (None, None)
     if not any(world.gather(loop is not None and loop.progress is not None)):
-        return prepare_attempt(assignment, storage, world, control, may_regroup=True)
+        return prepare_attempt(assignment, storage, world, control, may_regroup=True, tracking=tracking)
     if built is None:
         built = _build_spare(assignment, storage, world.device)
     faults.arm(assignment.faults, world.rank)
     optimizer = loop.optimizer if loop is not None else make_optimizer(built.model, assignment.config.train)
-    progress, mine = (
-        (loop.progress, _state_of(loop)) if loop is not None and loop.progress is not None else (None, None)
-    )
+    progress = loop.progress if loop is not None else None
+    mine = _state_of(held) if held is not None and progress is not None else None
     forget = loop.forget_state if loop is not None else lambda: None
     source, state = share_state(world, built.model, optimizer, progress, mine, forget)
     world.has_equal_weights = all(parameter.requires_grad for parameter in built.model.parameters())
     marks["state"] = time.time()
-    checkpointer = claim_attempt(assignment, storage, world)
+    checkpointer = claim_attempt(assignment, storage, world, state["attempt"])
     if checkpointer.superseded:
         return None
     control.claimed(str(checkpointer.attempt))
@@ -279,28 +281,32 @@ def _regroup(
     checkpointer.declaration |= state["declared"]
     checkpointer.continue_in_memory(state["step"])
     make_deterministic(assignment.config.deterministic, state["declared"]["num_threads"])
-    options = LoopOptions(may_regroup=True, optimizer=optimizer)
+    options = LoopOptions(may_regroup=True, optimizer=optimizer, tracking=tracking)
     prepared = make_loop(assignment, world, control, checkpointer, built, options)
     recorded = _recorded(checkpointer, loop, state) if world.rank == 0 else set()
     if checkpointer.journal is not None:
+        lost = {name: rank for rank, name in enumerate(state["members"]) if name not in seat.generation.members}
         event = RegroupedEvent(
             step=state["step"],
             attempt=state["attempt"],
-            lost=seat.generation.lost,
+            lost=tuple(lost),
+            ranks=tuple(lost.values()),
             source=source,
             world_size=world.size,
             noticed_at=marks.get("noticed"),
             marks={name: round(at, 4) for name, at in marks.items()},
         )
         checkpointer.journal.write(event)
-        control.progress(event.to_json())
+        checkpointer.listener(event.to_json())
     prepared.loop.load_in_memory(state, recorded)
     return prepared
 
 
-def _state_of(loop: Loop) -> dict[str, Any]:
+def _state_of(held: PreparedAttempt) -> dict[str, Any]:
+    loop = held.loop
     declared = {name: value for name, value in loop.checkpointer.declaration.items() if name in _DECLARED}
-    return {**loop.state_in_memory(), "declared": declared, "attempt": str(loop.checkpointer.attempt)}
+    attempt = str(loop.checkpointer.attempt)
+    return {**loop.state_in_memory(), "declared": declared, "attempt": attempt, "members": held.members}
 
 
 def _recorded(checkpointer: Checkpointer, before: Loop | None, state: dict[str, Any]) -> set[tuple[str, int]]:

@@ -131,6 +131,7 @@ class RegroupedEvent(Event, kind="regrouped"):
     step: Step
     attempt: Annotated[str | None, "name of the attempt before"] = None
     lost: Annotated[tuple[str, ...], "the processes that were lost"] = ()
+    ranks: Annotated[tuple[int, ...], "their ranks in the attempt before"] = ()
     source: Annotated[int, "the rank whose state the others took"] = 0
     world_size: Annotated[int | None, "number of workers"] = None
     noticed_at: Annotated[float | None, "when the loss was noticed, in seconds since the epoch"] = None

@@ -24,6 +24,7 @@ from outlast.checkpointing.run_store.store import RunStore
 from outlast.checkpointing.tools.query import load_catalog
 from outlast.cluster.formatting import counted, duration
 from outlast.cluster.monitoring.live_panel import panel, plain_line
+from outlast.cluster.monitoring.regroupings import Regrouping, regroupings
 from outlast.cluster.monitoring.status import RunSnapshot, take_snapshot
 from outlast.cluster.monitoring.terminal_footer import LiveDisplay
 from outlast.cluster.monitoring.timeline import State, Timeline, TimelineReader
@@ -43,6 +44,7 @@ _ACTIVITIES = {
     events.GroupFailureEvent: "restarting",
     events.NoRoomEvent: "waiting for resources",
     events.StoppingEvent: "stopping",
+    events.RegroupedEvent: "regrouping",
     events.PlanEvent: "",
     events.StopEvent: "stopped",
 }
@@ -82,6 +84,7 @@ class ProgressReporter:
         self._printed_at = 0.0
         self._printed_step = -1
         self._excerpts: set[str] = set()
+        self._regrouped: set[str] = set()  # attempts whose regrouping is told
 
     def __enter__(self) -> ProgressReporter:
         if self._display is not None:
@@ -118,7 +121,7 @@ class ProgressReporter:
             self._update_timeline(event, body)
             if isinstance(event, events.PhaseEvent):
                 self._activity = _PHASES[event.name]
-            else:
+            elif not (isinstance(event, events.GroupFailureEvent) and self._is_survived(event)):
                 self._activity = _ACTIVITIES.get(type(event), self._activity)
         if isinstance(event, events.StepEvent):
             if self._display is not None or time.monotonic() - self._printed_at < PLAIN_PERIOD_S:
@@ -126,7 +129,7 @@ class ProgressReporter:
             self._printed_at = time.monotonic()
         if isinstance(event, events.StepEvent | events.DoneEvent):
             self._print_progress(is_end=isinstance(event, events.DoneEvent))
-        for line in self._describe(event):
+        for line in [*self._describe_regrouping(event, body), *self._describe(event)]:
             self.print_line(line)
         if isinstance(event, events.GroupFailureEvent) and event.excerpt and event.message not in self._excerpts:
             self._excerpts.add(event.message)
@@ -150,7 +153,7 @@ class ProgressReporter:
         elif attempt is not None:
             record = self._timeline.attempt(attempt)
             record.claim = record.claim or {"launch": self._launch}
-            record.apply(body)
+            self._timeline.apply_attempt_events(record, body)
         elif isinstance(event, events.GroupFailureEvent | events.ResizeEvent | events.NoRoomEvent):
             self._timeline.apply_launch_event(self._launch, body)
 
@@ -161,6 +164,25 @@ class ProgressReporter:
             with self._lock:
                 self._timeline.launches |= {key: item for key, item in past.launches.items() if key != self._launch}
                 self._timeline.attempts = past.attempts | self._timeline.attempts
+
+    def _is_survived(self, event: events.GroupFailureEvent) -> bool:
+        """Whether training goes on in memory after a loss."""
+        regrouped = {attempt.regrouped_from for attempt in list(self._timeline.attempts.values())}
+        return bool(event.in_place) or event.attempt in regrouped
+
+    def _describe_regrouping(self, event: events.Event, body: dict[str, Any]) -> list[str]:
+        """Return the line of a regrouping, once training has gone on."""
+        name = str(body.get("sender"))
+        attempt = self._timeline.attempts.get(AttemptId.parse(name) or AttemptId(0, ""))
+        has_gone_on = isinstance(event, events.UnderWayEvent | events.EvalEvent | events.DoneEvent)
+        if not has_gone_on or name in self._regrouped or attempt is None or attempt.plan is None:
+            return []
+        self._regrouped.add(name)
+        return [f"{item.description}; {item.outcome}" for item in self._told() if item.attempt == name]
+
+    def _told(self) -> list[Regrouping]:
+        with self._lock:
+            return [item for item in regroupings(self._timeline) if item.attempt in self._regrouped]
 
     def _describe(self, event: events.Event) -> list[str]:
         """Return the lines that an event is worth."""
@@ -175,6 +197,9 @@ class ProgressReporter:
                 return [f"the finished model is damaged ({'; '.join(event.faults)}); writing it again"]
             case events.GroupFailureEvent():
                 limit = -1 if event.limit is None else event.limit
+                if self._is_survived(event):
+                    is_told = event.attempt in {item.before for item in self._told()}
+                    return [f"{event.cause}, {event.where}: {event.message}"] if is_told else []
                 count = f"failure {event.number} of {limit}" if limit >= 0 else "no limit is set"
                 then = "" if event.ends else f"; restarting ({count})"
                 return [f"{event.cause}, {event.where}: {event.message}{then}"]

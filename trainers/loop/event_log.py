@@ -1,8 +1,10 @@
 """Events of the step loop: rank 0 writes them into the attempt's journal and passes them to live listeners."""
 
 import math
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 from outlast.checkpointing.checkpointer import Checkpointer
@@ -67,6 +69,7 @@ class EventLog:
 
     def evaluation(self, event: EvalEvent) -> None:
         """Record an evaluation. Every rank calls it."""
+        event = replace(event, t=round(time.time(), 4))  # another rank 0 may write it later
         self.keep(event)
         self.write(event)
 
