@@ -82,7 +82,7 @@ class FailureSettings(TrainingFailureSettings):
     survive_head: bool = False
     """`submit` lets the driver run on a worker's node, for 0.01 of a CPU; the head must offer none. If Ray's tables are
     on a persistent volume (docs/how-to/recover.md), training continues while the head is down."""
-    survive_driver: bool = True
+    survive_driver: bool = False
     """On an existing cluster: the run goes on when its driver is killed, or its terminal is lost. The same command
     attaches to it again; `outlast stop`, Ctrl-C and SIGTERM end it. A local Ray ends with its driver."""
     lease: Duration | None = SaveInterval.parse("24h")

@@ -119,7 +119,7 @@ def make_run(tmp_path: Path, text_file: str, cluster: Cluster) -> Iterator[Calla
     made: list[Run] = []
 
     def make(steps: int = FOREVER, **failure: Any) -> Run:
-        made.append(Run(tmp_path, text_file, cluster.ray_address, steps, failure))
+        made.append(Run(tmp_path, text_file, cluster.ray_address, steps, {"survive_driver": True, **failure}))
         return made[-1]
 
     yield make
