@@ -87,6 +87,7 @@ class Environment:
     Attributes:
         control: The connection to the environment.
         device: Device of this process.
+        backend: Of the gradients: gloo or nccl.
         node: Name of the machine in the cluster.
         log: Path of this process' standard error, if it is kept.
         marks: When this process reached what comes before its first generation, in seconds since the epoch.
@@ -97,6 +98,7 @@ class Environment:
 
     control: Control
     device: torch.device
+    backend: str = "gloo"
     node: str = ""
     log: str = ""
     marks: Mapping[str, float] = field(default_factory=dict)
@@ -176,7 +178,7 @@ class _Training:
         self.member.abort = connections.abort
         try:
             marks = {"noticed": self.member.noticed_at, "seat": time.time()}
-            connect(connections, seat.meeting, number, seat.rank, seat.size)
+            connect(connections, seat.meeting, number, seat.rank, seat.size, self.environment.backend)
             world = self._world(connections, number)
             marks["group"] = time.time()
             with self.environment.watch(world):

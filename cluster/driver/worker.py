@@ -107,6 +107,7 @@ def train_worker(payload: dict[str, Any]) -> dict[str, Any]:
             environment = Environment(
                 client,
                 ray.train.torch.get_device(),
+                invitation.backend if invitation else "",
                 ray.get_runtime_context().get_node_id(),
                 _log_of_this_process(),
                 marks,

@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 
 from outlast.checkpointing.state.rank_group import RankGroup
-from outlast.checkpointing.torch_internals import restart_group_names
+from outlast.checkpointing.torch_internals import abort_groups, restart_group_names
 from outlast.trainers.distributed.world import World
 
 #: A member that dies while the groups connect is noticed by the roster; this bounds a wait that cannot be aborted.
@@ -31,9 +31,14 @@ _UNLIMITED = timedelta(hours=12)
 
 
 class GroupConnections:
-    """The sockets of one generation's groups."""
+    """The sockets of one generation's groups.
+
+    Attributes:
+        has_nccl: Whether there are NCCL's communicators too, which it aborts itself.
+    """
 
     def __init__(self) -> None:
+        self.has_nccl = False
         self._own: set[str] = set()
         self._before: set[str] | None = None
         self._lock = threading.Lock()
@@ -55,7 +60,9 @@ class GroupConnections:
 
     def abort(self) -> None:
         """Shut the sockets down, so that collectives raise, those that wait now and those that begin later."""
-        self._is_aborted = True
+        is_first, self._is_aborted = not self._is_aborted, True
+        if is_first and self.has_nccl:  # not tried on a device
+            threading.Thread(target=abort_groups, name="outlast-abort", daemon=True).start()
         with self._lock:
             for number, name in _sockets():
                 if name in self._own or (self._before is not None and name not in self._before):
@@ -108,7 +115,9 @@ class GenerationWorld(World):
             return super().duplicate()
 
 
-def connect(connections: GroupConnections, meeting: str, number: int, rank: int, size: int) -> None:
+def connect(
+    connections: GroupConnections, meeting: str, number: int, rank: int, size: int, backend: str = "gloo"
+) -> None:
     """Connect this process with the others of generation `number`, through the store or folder at the URL `meeting`.
 
     Raises RuntimeError if one of them is gone.
@@ -123,7 +132,9 @@ def connect(connections: GroupConnections, meeting: str, number: int, rank: int,
         else:
             shared = dist.TCPStore(str(place.hostname), int(place.port or 0), None, False, timeout=limit)
         prefixed = dist.PrefixStore(f"generation-{number}", shared)
-        dist.init_process_group("gloo", store=prefixed, rank=rank, world_size=size, timeout=_UNLIMITED)
+        connections.has_nccl = backend == "nccl"
+        backend = "cpu:gloo,cuda:nccl" if backend == "nccl" else backend
+        dist.init_process_group(backend, store=prefixed, rank=rank, world_size=size, timeout=_UNLIMITED)
 
 
 def disconnect() -> None:

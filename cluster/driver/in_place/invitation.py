@@ -17,6 +17,7 @@ class Invitation:
         key: Its key.
         name: Name of the process in the roster.
         rank: Its rank in the first generation; None for a spare.
+        backend: Of the gradients' process group.
         is_loopback: Whether the group's connections must listen on the loopback only.
     """
 
@@ -24,6 +25,7 @@ class Invitation:
     key: bytes
     name: str
     rank: int | None
+    backend: str
     is_loopback: bool
 
 

@@ -124,8 +124,15 @@ class InPlaceWorkerGroup(WorkerGroup):  # type: ignore[misc]
         slot.num_names += 1
         name = f"worker-{rank}" + (f"-{slot.num_names}" if slot.num_names > 1 else "")
         is_first = rank < self._num_polled - self._settings.num_spares and not self._server.has_begun
-        place = (self._server.address, self._server.key, name, rank if is_first else None)
-        ray.get(worker.execute_async(accept, Invitation(*place, is_loopback=self._folder is not None)))
+        invitation = Invitation(
+            self._server.address,
+            self._server.key,
+            name,
+            rank if is_first else None,
+            self._settings.backend,
+            is_loopback=self._folder is not None,
+        )
+        ray.get(worker.execute_async(accept, invitation))
         return name
 
     # -- losses --------------------------------------------------------------------------------------------------------

@@ -131,11 +131,11 @@ def _arm_regrouping(strikes: Sequence[Strike]) -> None:
         if strike.place is Place.REFORMING:
 
             def form(
-                connections: Any, meeting: str, number: int, rank: int, size: int, strike: Strike = strike
+                connections: Any, meeting: str, number: int, rank: int, *rest: Any, strike: Strike = strike
             ) -> None:
                 if (number, rank) == (1, strike.rank):
                     strike.here()
-                connect(connections, meeting, number, rank, size)
+                connect(connections, meeting, number, rank, *rest)
 
             setattr(in_place, "connect", form)  # noqa: B010
 
@@ -187,6 +187,8 @@ def in_place_group(
     is_elastic: bool = False,
     silence_s: float = 5.0,
     meets_by_files: bool = False,
+    device: str = "cpu",
+    backend: str = "gloo",
 ) -> Iterator[InPlaceGroup]:
     """Start a group; at the end whatever still runs is killed."""
     folder = Path(storage.url) / f".in-place-{os.getpid()}-{time.monotonic_ns()}"
@@ -199,7 +201,16 @@ def in_place_group(
         mine, theirs = _context.Pipe(duplex=False)
         rank = number if number < size else None
         place = (f"process-{number}", rank, server.address, server.key, str(folder / f"{number}.log"))
-        arguments = (*place, assignment, storage.url, control or Quiet(), theirs, dict(os.environ))
+        arguments = (
+            *place,
+            assignment,
+            storage.url,
+            control or Quiet(),
+            theirs,
+            dict(os.environ),
+            device.format(number),
+            backend,
+        )
         processes.append(_context.Process(target=_work, args=arguments, daemon=True))
         pipes.append((mine, theirs))
     for process in processes:
@@ -227,6 +238,8 @@ def _work(
     control: Quiet,
     pipe: Any,
     environment: dict[str, str],
+    device: str,
+    backend: str,
 ) -> None:
     os.environ.update(environment)
     os.dup2(os.open(log, os.O_CREAT | os.O_WRONLY | os.O_TRUNC), 2)
@@ -238,7 +251,7 @@ def _work(
             assignment,
             open_storage(url),
             lambda: Member(address, key, name, rank),
-            Environment(control, torch.device("cpu")),
+            Environment(control, torch.device(device), backend),
             is_spare=rank is None,
         )
         answer = Ended(0, outcome=outcome)
