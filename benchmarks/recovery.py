@@ -19,17 +19,17 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from ray.job_submission import JobStatus, JobSubmissionClient
 
 from benchmarks.command import command
 from outlast.checkpointing.run_store.catalog import run_events
-from outlast.checkpointing.run_store.claims import list_launches
+from outlast.checkpointing.run_store.claims import list_attempts, list_launches
 from outlast.checkpointing.run_store.journal import read_events
 from outlast.cluster.drills.demo import write_texts
 from tests.lab.hosts import HEAD, Lab, lab, why_not
@@ -45,11 +45,12 @@ Steps = list[tuple[float, int]]
 class Ours:
     """A run of outlast's."""
 
-    name = "outlast"
+    name = "outlast, restart"
+    settings: ClassVar[Mapping[str, Any]] = {"failure": {"standby_after_s": 0}}
 
     def __init__(self, hosts: Lab, folder: Path, steps: int) -> None:
         write_texts(folder / "texts.jsonl")
-        self._run = Run(folder, folder.name, str(folder / "texts.jsonl"), steps, 2, {"failure": {"standby_after_s": 0}})
+        self._run = Run(folder, folder.name, str(folder / "texts.jsonl"), steps, 2, self.settings)
         self._hosts, self.host_of = hosts, self._run.host_of
         self._follower = self._run.submit(hosts)
 
@@ -73,6 +74,10 @@ class Ours:
     def is_over(self) -> bool:
         return self._follower.poll() is not None
 
+    def assert_struck(self) -> None:
+        """The fault ended an attempt."""
+        assert len(list_attempts(self._run.store)) > 1, "the run went on as if nothing had happened"
+
     def split(self, struck: float) -> dict[str, float]:
         """What the seconds from the fault to the first step went to, part by part in the order of time."""
         noticed = min(
@@ -89,6 +94,39 @@ class Ours:
     def submit_again(self) -> None:
         self._follower.communicate()
         self._follower = self._run.submit(self._hosts)
+
+
+class WithReplacement(Ours):
+    """A run of outlast's that goes on in memory once the lost worker is replaced."""
+
+    name = "outlast, in memory"
+    settings: ClassVar = {"failure": {"standby_after_s": 0, "in_place": True}}
+
+    def split(self, struck: float) -> dict[str, float]:
+        """As `Ours.split`."""
+        events = [event for _, event in run_events(self._run.store)]
+        group = next(event for event in events if event["event"] == "regrouped")
+        first = [event["marks"]["first_step"] for event in events if event["event"] == "under-way"]
+        marks = {**group["marks"], "first_step": min(at for at in first if at > group["marks"]["group"])}
+        parts, reached = {}, struck
+        for name, at in marks.items():
+            parts[f"{'detection' if name == 'noticed' else name}_s"] = max(0.0, at - reached)
+            reached = max(reached, at)
+        return parts
+
+
+class WithSpare(WithReplacement):
+    """A run of outlast's that goes on in memory with a spare."""
+
+    name = "outlast, in memory, a spare"
+    settings: ClassVar = {**WithReplacement.settings, "scale": {"spares": 1}}
+
+
+class WithFewer(WithReplacement):
+    """A run of outlast's that goes on in memory with one worker fewer."""
+
+    name = "outlast, in memory, elastic"
+    settings: ClassVar = {**WithReplacement.settings, "exactness": "elastic"}
 
 
 class Bare:
@@ -174,9 +212,9 @@ def driver_killed(hosts: Lab, run: Any) -> int | None:
 
 
 FAULTS: dict[str, tuple[Callable[[Lab, Any], int | None], int, tuple[type, ...]]] = {
-    "worker SIGKILL": (worker_killed, STEPS, (Ours, Bare, Relaunched)),
-    "node SIGKILL, one to spare": (node_lost, STEPS, (Ours, Bare)),
-    "node SIGTERM, drain of 30 s": (node_drained, DRAIN_STEPS, (Ours, Bare)),
+    "worker SIGKILL": (worker_killed, STEPS, (WithSpare, WithFewer, WithReplacement, Ours, Bare, Relaunched)),
+    "node SIGKILL, one to spare": (node_lost, STEPS, (WithSpare, WithReplacement, Ours, Bare)),
+    "node SIGTERM, drain of 30 s": (node_drained, DRAIN_STEPS, (WithReplacement, Ours, Bare)),
     "driver SIGKILL, submitted again at once": (driver_killed, STEPS, (Ours,)),  # ends bare Ray Train
 }
 
@@ -204,8 +242,12 @@ def one(hosts: Lab, folder: Path, name: str, kind: type[Any]) -> dict[str, float
             hosts.wait_until_gone(gone)
         hosts.start(gone)
         hosts.wait_for_nodes(4)
-    gap, at = max((after[0] - before[0], index) for index, (before, after) in enumerate(pairwise(made), start=1))
-    assert gap > 1, f"{kind.name} went on as if nothing had happened, or had ended before"
+    pauses = enumerate(pairwise(made), start=1)
+    gap, at = max((after[0] - before[0], index) for index, (before, after) in pauses if after[0] > struck)
+    if isinstance(run, Ours):
+        run.assert_struck()
+    else:
+        assert gap > 1, f"{kind.name} went on as if nothing had happened, or had ended before"
     reached = max(step for _, step in made[:at])
     first_new = next(moment for moment, step in made[at:] if step > reached)
     assert max(step for _, step in made) == steps, f"{kind.name} ended at {max(step for _, step in made)}"
