@@ -240,10 +240,10 @@ def stop(run: Run, address: Address = None) -> None:
     part of. A run that has lost its driver is stopped too.
     """
     from outlast.cluster.jobs import ray_jobs as jobs
-    from outlast.cluster.jobs.job_server import is_job_server
+    from outlast.cluster.jobs.job_server import is_no_job_server
 
     name = run_name(run)
-    if address is not None and not is_job_server(address):
+    if address is not None and is_no_job_server(address):
         _stop_without_driver(name, address)
         return
     client = jobs.connect(address)

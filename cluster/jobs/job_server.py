@@ -64,6 +64,11 @@ def is_job_server(address: str) -> bool:
     return not port.isdecimal() or int(port) == DASHBOARD_PORT
 
 
+def is_no_job_server(address: str) -> bool:
+    """Check whether an address can only be that of a cluster that drivers join: `auto`, or a port of Ray's own."""
+    return address in ("auto", "local") or address.endswith(tuple(f":{port}" for port in _OTHER_PORTS))
+
+
 def server_url(address: str) -> str:
     """Return the URL of a job server that is given as a URL, HOST or HOST:PORT. Raises ConfigError if it is neither."""
     text = address.strip()
