@@ -10,8 +10,7 @@ from __future__ import annotations
 
 import time
 import traceback
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,11 +18,11 @@ import torch
 from torch import nn
 
 from outlast.checkpointing import fault_injection as faults
-from outlast.checkpointing.checkpointer import Checkpointer
-from outlast.checkpointing.errors import OutlastError, StorageError
-from outlast.checkpointing.run_store.claims import list_attempts
-from outlast.checkpointing.run_store.events import EvalEvent, RegroupedEvent, StepEvent, parse_event
-from outlast.checkpointing.run_store.journal import read_events
+from outlast.checkpointing.errors import OutlastError
+from outlast.checkpointing.format.layout import AttemptId
+from outlast.checkpointing.regrouping_checkpointer import RegroupingCheckpointer
+from outlast.checkpointing.run_store.attempt_claim import Continuation, Origin
+from outlast.checkpointing.run_store.events import RegroupedEvent
 from outlast.checkpointing.storage.base import Storage
 from outlast.trainers.attempt import (
     Assignment,
@@ -213,10 +212,16 @@ def _regroup(
     built: BuiltModel | None,
     marks: dict[str, float],
 ) -> PreparedAttempt | None:
-    """Prepare the next attempt in memory; None if a later launch has claimed the run. Every rank calls it."""
+    """Prepare the next attempt in memory; its claim is made in the background. Every rank calls it.
+
+    If no rank holds a state it resumes from the storage; then None if a later launch has claimed the run.
+    """
     loop = held.loop if held is not None else None
     if not any(world.gather(loop is not None and loop.progress is not None)):
-        return prepare_attempt(assignment, storage, world, control, may_regroup=True)
+        prepared = prepare_attempt(assignment, storage, world, control, may_regroup=True)
+        if prepared is not None:
+            prepared.checkpointer.origin = Origin(prepared.checkpointer.attempt, seat.generation.number)
+        return prepared
     if built is None:
         built = _build_spare(assignment, storage, world.device)
     faults.arm(assignment.faults, world.rank)
@@ -228,53 +233,47 @@ def _regroup(
     source, state = share_state(world, built.model, optimizer, progress, mine, forget)
     world.has_equal_weights = all(parameter.requires_grad for parameter in built.model.parameters())
     marks["state"] = time.time()
-    checkpointer = claim_attempt(assignment, storage, world)
-    if checkpointer.superseded:
-        return None
-    control.claimed(str(checkpointer.attempt))
-    marks["claim"] = time.time()
+    continues = Continuation(_origin(state), seat.generation.number, state["step"])
+    checkpointer = claim_attempt(assignment, storage, world, continues, lambda: world.is_aborted)
     checkpointer.files, checkpointer.naming = built.files, built.naming
     checkpointer.declaration |= state["declared"]
-    checkpointer.continue_in_memory(state["step"])
     make_deterministic(assignment.config.deterministic, state["declared"]["num_threads"])
     options = LoopOptions(may_regroup=True, optimizer=optimizer)
     prepared = make_loop(assignment, world, control, checkpointer, built, options)
-    recorded = _recorded(checkpointer, loop, state) if world.rank == 0 else set()
-    if checkpointer.journal is not None:
-        event = RegroupedEvent(
-            step=state["step"],
-            attempt=state["attempt"],
-            lost=seat.generation.lost,
-            source=source,
-            world_size=world.size,
-            noticed_at=marks.get("noticed"),
-            marks={name: round(at, 4) for name, at in marks.items()},
-        )
-        checkpointer.journal.write(event)
-        control.progress(event.to_json())
-    prepared.loop.load_in_memory(state, recorded)
+    prepared.tracking.base = state["step"]
+    began = RegroupedEvent(
+        step=state["step"],
+        attempt=state["attempt"],
+        lost=seat.generation.lost,
+        source=source,
+        world_size=world.size,
+        noticed_at=marks.get("noticed"),
+        marks={name: round(at, 4) for name, at in marks.items()},
+    )
+
+    def claimed() -> None:
+        control.claimed(str(checkpointer.attempt))
+        control.progress(began.to_json())
+
+    kept = prepared.loop.load_in_memory(state)
+    for event in kept:  # trackers leave out what they have
+        prepared.tracking.apply(event.to_json())
+    checkpointer.continue_in_memory(began, kept, loop.checkpointer.journal if loop is not None else None, claimed)
+    if prepared.loop.is_over:
+        checkpointer.settle()
     return prepared
 
 
 def _state_of(loop: Loop) -> dict[str, Any]:
     declared = {name: value for name, value in loop.checkpointer.declaration.items() if name in _DECLARED}
-    return {**loop.state_in_memory(), "declared": declared, "attempt": str(loop.checkpointer.attempt)}
+    checkpointer = loop.checkpointer
+    assert isinstance(checkpointer, RegroupingCheckpointer)
+    origin = [str(checkpointer.origin.attempt), checkpointer.origin.generation]
+    return {**loop.state_in_memory(), "declared": declared, "attempt": str(checkpointer.attempt), "origin": origin}
 
 
-def _recorded(checkpointer: Checkpointer, before: Loop | None, state: dict[str, Any]) -> set[tuple[str, int]]:
-    """Return kind and step of the kept events that the journals of earlier attempts have, on rank 0."""
-    kept = {(str(event["event"]), int(event["step"])) for event in state["kept"]}
-    accepted = checkpointer.accepted
-    newest = accepted[0].ref if accepted else None
-    known = {item for item in kept if newest is not None and item[1] <= newest.step}
-    if before is not None and before.checkpointer.journal is not None:
-        with suppress(StorageError):
-            before.checkpointer.flush()
-        return known | {(event.kind, event.step) for event in before.kept_events}
-    store = checkpointer.store
-    for attempt in list_attempts(store):
-        if attempt < checkpointer.attempt and (newest is None or attempt >= newest.attempt):
-            for event in map(parse_event, read_events(store, store.attempt_dir(attempt))):
-                if isinstance(event, StepEvent | EvalEvent):
-                    known.add((event.kind, event.step))
-    return known
+def _origin(state: Mapping[str, Any]) -> Origin:
+    name, generation = state["origin"]
+    attempt = AttemptId.parse(name)
+    assert attempt is not None
+    return Origin(attempt, generation)

@@ -29,13 +29,13 @@ _UNLIMITED = timedelta(hours=12)
 
 
 class GroupConnections:
-    """The sockets of one generation's groups."""
+    """The sockets of one generation's groups; once `is_aborted`, they are shut down."""
 
     def __init__(self) -> None:
         self._own: set[str] = set()
         self._before: set[str] | None = None
         self._lock = threading.Lock()
-        self._is_aborted = False
+        self.is_aborted = False
 
     @contextmanager
     def recording(self) -> Iterator[None]:
@@ -48,12 +48,12 @@ class GroupConnections:
             with self._lock:
                 self._own |= {name for _, name in _sockets()} - self._before
                 self._before = None
-            if self._is_aborted:
+            if self.is_aborted:
                 self.abort()
 
     def abort(self) -> None:
         """Shut the sockets down, so that collectives raise, those that wait now and those that begin later."""
-        self._is_aborted = True
+        self.is_aborted = True
         with self._lock:
             for number, name in _sockets():
                 if name in self._own or (self._before is not None and name not in self._before):
@@ -90,6 +90,11 @@ class GenerationWorld(World):
         self._connections = connections
         with connections.recording():
             super().__init__(device)
+
+    @property
+    def is_aborted(self) -> bool:
+        """Whether the generation has ended."""
+        return self._connections.is_aborted
 
     def duplicate(self) -> RankGroup:
         with self._connections.recording():
