@@ -137,7 +137,7 @@ class RegroupingCheckpointer(Checkpointer):
 
         Raises:
             OvertakenError: The state in memory is not the run's newest.
-            StorageError: The storage failed; the claim is tried again, for the next call.
+            StorageError: The storage failed; the next call tries again.
         """
         if self._is_settled:
             return
@@ -151,14 +151,12 @@ class RegroupingCheckpointer(Checkpointer):
         self._is_settled = True
 
     def _wait_for_claim(self) -> Catalog | None:
+        if self._claimed.done() and isinstance(self._claimed.exception(), StorageError):
+            self._claim_in_background()
         while not futures.wait([self._claimed], _POLL_S).done:
             if self._has_ended():
                 raise RuntimeError("the generation has ended")
-        try:
-            return self._claimed.result()
-        except StorageError:
-            self._claim_in_background()
-            raise
+        return self._claimed.result()
 
     def abandon(self) -> None:
         """Give up the save in flight, whose group is gone: nothing more of this attempt is waited for.
