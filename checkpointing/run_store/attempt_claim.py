@@ -84,7 +84,7 @@ def claim_generation(
     catalog = retry(lambda: build_catalog(now, mine))
     newest = catalog.accepted[0].ref if catalog.accepted else None
     check_unread(now, catalog, newest)
-    committed = [item.ref for item in (*catalog.accepted[:1], *catalog.rejected)]
+    committed = [item.ref for item in catalog.accepted[:1]] + [item.ref for item in catalog.rejected]
     if newer := [ref for ref in committed if ref.step > continues.step and ref.attempt >= origin]:
         raise OvertakenError(f"{newer[0]} is newer than the state in memory, after {continues.step} steps")
     return catalog

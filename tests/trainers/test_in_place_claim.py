@@ -58,7 +58,8 @@ class Gated(Striking):
         if step == 9 and not self.is_refused:
             if self.rival and write_record(f"{self.gate}.rival", {}):
                 self._is_rival = True
-                claim(RunStore(LocalStorage(self.rival[0]), self.rival[1]), {"launch": "second"})
+                for _ in range(2):  # the generation's number is that of the first one
+                    claim(RunStore(LocalStorage(Path(self.rival[0])), self.rival[1]), {"launch": "second"})
                 self._is_rival = False
             Path(self.gate).touch()
 
@@ -122,6 +123,6 @@ def test_another_launch_supersedes_a_generation_that_has_not_claimed(
         ended = group.ended()
     outcomes = [item.outcome for item in ended if item and item.exit_code == 0]
     assert outcomes == [Outcome.SUPERSEDED] * 2, (ended, group.server.losses)
-    _, second = list_attempts(RunStore(storage, run))
-    assert read_claim(RunStore(storage, run), second)["launch"] == "second"
+    store = RunStore(storage, run)
+    assert read_claim(store, list_attempts(store)[-1])["launch"] == "second"
     assert [item.ref.step for item in read_catalog(storage, run).accepted] == [6, 3]
