@@ -18,8 +18,8 @@ from outlast.checkpointing.run_store.retention_policy import Retention
 from outlast.checkpointing.run_store.store import RunStore
 from outlast.checkpointing.storage.base import Buffer, Entry
 from outlast.checkpointing.storage.local import LocalStorage
-from tests.support.generations_model import MemoryRules, explore_generations, go_on
-from tests.support.protocol_model import Bounds, Rules, World, advance, explore, number_of, numbered
+from tests.support.protocol_models.generations_model import MemoryRules, explore_generations, go_on
+from tests.support.protocol_models.protocol_model import Bounds, Rules, World, advance, explore, number_of, numbered
 from tests.support.small_model import small_model, train_step
 
 # -- the model holds, and only with its rules --------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from tests.support.protocol_model import (
+from tests.support.protocol_models.protocol_model import (
     Attempt,
     Bounds,
     Explored,
