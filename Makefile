@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup demo test test-lab check bench pretrained test-faults k8s-e2e clean
+.PHONY: setup demo test test-lab check bench bench-torture pretrained test-faults k8s-e2e clean
 
 setup: .venv/ready
 
@@ -42,6 +42,10 @@ k8s-e2e: setup
 
 bench: setup
 	$(BIN)/python -m benchmarks.run
+
+# A worker killed every 15 seconds for half an hour; QUICK=1: five minutes.
+bench-torture: setup
+	$(BIN)/python -m benchmarks.torture $(if $(QUICK),--quick)
 
 clean:
 	rm -rf .venv build dist *.egg-info .mypy_cache .ruff_cache .hypothesis outlast-demo

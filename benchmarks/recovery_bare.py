@@ -1,6 +1,6 @@
 """The job of `recovery.py`'s peer: bare Ray Train with DDP, a checkpoint from rank 0 every so many steps.
 
-    python recovery_bare.py FOLDER STEPS EVERY
+    python recovery_bare.py FOLDER STEPS EVERY [MAX_FAILURES]
 
 Written as Ray's guides have it: `ray.train.report` with a directory, `ray.train.get_checkpoint` on the way back. Rank 0
 appends a line for each step to `FOLDER/steps.txt`: seconds since the epoch, step.
@@ -59,12 +59,12 @@ def train(options: dict[str, Any]) -> None:
 
 def main() -> None:
     """The driver."""
-    folder, steps, every = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+    folder, (steps, every, max_failures) = sys.argv[1], [*map(int, sys.argv[2:]), 2][:3]
     trainer = ray.train.torch.TorchTrainer(
         train,
         train_loop_config={"folder": folder, "steps": steps, "every": every},
         scaling_config=ScalingConfig(num_workers=2, resources_per_worker={"CPU": 1}),
-        run_config=RunConfig(name="bare", storage_path=folder, failure_config=FailureConfig(max_failures=2)),
+        run_config=RunConfig(name="bare", storage_path=folder, failure_config=FailureConfig(max_failures=max_failures)),
     )
     trainer.fit()
     Path(folder, "done.json").write_text(json.dumps({"done": True}))

@@ -17,7 +17,7 @@ from outlast.checkpointing.checkpointer import Checkpointer
 from outlast.checkpointing.errors import StorageError
 from outlast.checkpointing.format.layout import AttemptId
 from outlast.checkpointing.run_store.attempt_claim import Continuation, Origin, OvertakenError, claim_generation
-from outlast.checkpointing.run_store.catalog import Catalog
+from outlast.checkpointing.run_store.catalog import Catalog, check_unread
 from outlast.checkpointing.run_store.claims import list_attempts
 from outlast.checkpointing.run_store.events import EvalEvent, Event, StepEvent, parse_event
 from outlast.checkpointing.run_store.journal import Journal, parse_lines, read_events
@@ -64,9 +64,28 @@ class RegroupingCheckpointer(Checkpointer):
         self._body = body
         return self.ranks.broadcast(self._continues.new_attempt()), Catalog(None, (), ())
 
+    def continue_in_memory(self, step: int) -> None:
+        """Continue from a snapshot of the state after `step` steps, in place of `resume`. Every rank calls it.
+
+        Raises:
+            StorageError: What cannot be read may be newer than the checkpoints that count.
+        """
+        newest = self.catalogue.accepted[0].ref if self.catalogue.accepted else None
+        check_unread(self._store, self.catalogue, newest)
+        if newest is not None and newest.step > step:
+            raise StorageError(f"{newest} is newer than the state in memory, after {step} steps")
+        self._has_resumed = True
+        self._take_lineage()
+        self._newest_begun = max(self._newest_begun, newest.step if newest is not None else -1)
+
+    def _take_lineage(self) -> None:
+        """A step is a pure function, so the state in memory descends from each checkpoint that counts."""
+        self._committer.lineage = list(self.catalogue.accepted)
+        self._committer.unread = self.catalogue.unread_refs
+
     # -- going on in memory --------------------------------------------------------------------------------------------
 
-    def continue_in_memory(
+    def go_on_in_memory(
         self,
         began: Event,
         kept: Sequence[StepEvent | EvalEvent],
@@ -146,8 +165,7 @@ class RegroupingCheckpointer(Checkpointer):
             self.superseded = self._is_settled = True
             return
         self.catalogue = catalog
-        # A step is a pure function, so the state in memory descends from each of them.
-        self._committer.lineage, self._committer.unread = list(catalog.accepted), catalog.unread_refs
+        self._take_lineage()
         self._is_settled = True
 
     def _wait_for_claim(self) -> Catalog | None:

@@ -26,6 +26,11 @@ def limit_recompiles(num_shapes: int) -> None:
         inductor.deterministic = True  # no choice of kernels by the clock
 
 
+def abort_groups() -> None:
+    """Abort all process groups whose backend can: NCCL's collectives raise, also those that wait."""
+    distributed_c10d._abort_process_group()
+
+
 def restart_group_names() -> None:
     """Number process groups from zero again, as other processes do; a group that failed to connect was counted."""
     distributed_c10d._world.group_count = 0

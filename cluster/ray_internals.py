@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 TRIED_ON = ("2.60",)
+#: Label with the id of its node, which Ray gives each node.
+NODE_LABEL = "ray.io/node-id"
 
 _TRAIN = "ray.train.v2._internal"
 _HOME = {
@@ -21,17 +23,26 @@ _HOME = {
     "HEALTH_CHECK_INTERVAL_S_ENV_VAR": f"{_TRAIN}.constants",
     "Language": "ray.core.generated.common_pb2",
     "ReschedulingState": f"{_TRAIN}.execution.controller.state",
+    "ResizeDecision": f"{_TRAIN}.execution.scaling_policy",
     "ResizingState": f"{_TRAIN}.execution.controller.state",
     "RestartingState": f"{_TRAIN}.execution.controller.state",
+    "TrainController": f"{_TRAIN}.execution.controller.controller",
     "TrainControllerState": f"{_TRAIN}.execution.controller.state",
     "WORKER_GROUP_START_TIMEOUT_S_ENV_VAR": f"{_TRAIN}.constants",
     "WORKER_PROCESS_SETUP_HOOK_ENV_VAR": "ray._private.ray_constants",
+    "Worker": f"{_TRAIN}.execution.worker_group.worker",
+    "WorkerGroup": f"{_TRAIN}.execution.worker_group.worker_group",
     "WorkerGroupCallback": f"{_TRAIN}.execution.callback",
     "WorkerGroupStartupTimeoutError": f"{_TRAIN}.exceptions",
+    "WorkerStatus": f"{_TRAIN}.execution.worker_group.worker",
     "WorkerType": "ray.core.generated.common_pb2",
+    "NoopDecision": f"{_TRAIN}.execution.scaling_policy",
+    "PreemptionCallback": f"{_TRAIN}.callbacks.preemption_callback",
     "_TorchBackend": "ray.train.torch.config",
     "_set_torch_distributed_env_vars": "ray.train.torch.config",
     "_setup_torch_process_group": "ray.train.torch.config",
+    "bundle_to_remote_args": f"{_TRAIN}.util",
+    "get_env_vars_to_propagate": f"{_TRAIN}.constants",
     "get_or_create_autoscaling_coordinator": "ray.data._internal.cluster_autoscaler.default_autoscaling_coordinator",
     "get_runtime_env_info": "ray._private.utils",
     "init_grpc_channel": "ray._private.grpc_utils",

@@ -24,6 +24,7 @@ from outlast.checkpointing.format.layout import RECORD
 from outlast.checkpointing.redaction import redact
 from outlast.checkpointing.regrouping_checkpointer import RegroupingCheckpointer
 from outlast.checkpointing.run_store.attempt_claim import Continuation
+from outlast.checkpointing.run_store.claims import REGROUPED_FROM
 from outlast.checkpointing.run_store.events import AttemptErrorEvent
 from outlast.checkpointing.run_store.store import RunStore
 from outlast.checkpointing.state.named_weights import WeightNaming
@@ -47,6 +48,7 @@ from outlast.trainers.data.arrow_samples import Samples
 from outlast.trainers.data.batch_plan import make_plan
 from outlast.trainers.distributed.determinism import make_deterministic
 from outlast.trainers.distributed.fsdp import shard
+from outlast.trainers.distributed.memory_snapshots import keeps_snapshots
 from outlast.trainers.distributed.world import World
 from outlast.trainers.host_info import host_facts, num_oom_kills, processor
 from outlast.trainers.loop.control import Control
@@ -130,7 +132,9 @@ class LoopOptions:
 
     static_graph: bool = False
     may_regroup: bool = False
+    keeps_snapshots: bool = False
     optimizer: torch.optim.Optimizer | None = None
+    tracking: Tracking | None = None  #: that of this process' attempt before; its trackers go on
 
 
 @dataclass(frozen=True)
@@ -142,12 +146,14 @@ class PreparedAttempt:
         loop: Its loop.
         tracking: Its trackers.
         built: Its model.
+        members: Names of its processes by rank, if it may go on in memory.
     """
 
     checkpointer: RegroupingCheckpointer
     loop: Loop
     tracking: Tracking
     built: BuiltModel
+    members: tuple[str, ...] = ()
 
     def train(self) -> Outcome:
         """Train. Raises as `Loop.run`."""
@@ -169,11 +175,18 @@ class PreparedAttempt:
 
 
 def prepare_attempt(
-    assignment: Assignment, storage: Storage, world: World, control: Control, *, may_regroup: bool = False
+    assignment: Assignment,
+    storage: Storage,
+    world: World,
+    control: Control,
+    *,
+    may_regroup: bool = False,
+    tracking: Tracking | None = None,
 ) -> PreparedAttempt | None:
     """Claim the run and build its loop; None if a later launch has claimed it. Every rank calls it.
 
-    With `may_regroup` each rank keeps what the others need to go on in memory. Raises as `run_attempt`.
+    With `may_regroup` each rank keeps what the others need to go on in memory. `tracking` is that of this process'
+    attempt before. Raises as `run_attempt`.
     """
     config = assignment.config
     faults.arm(assignment.faults, world.rank)
@@ -206,7 +219,8 @@ def prepare_attempt(
     model = shard(model, world, config.exactness) if is_sharded else model.to(world.device)
     built = replace(built, model=model)
     world.mark("model")
-    options = LoopOptions(static_graph, may_regroup)
+    keeps = keeps_snapshots(config) and not may_regroup
+    options = LoopOptions(static_graph, may_regroup, keeps, tracking=tracking)
     prepared = make_loop(assignment, world, control, checkpointer, built, options)
     world.mark("data")
     return prepared
@@ -232,7 +246,7 @@ def make_loop(
 ) -> PreparedAttempt:
     """Make the loop of an attempt that has claimed the run."""
     track = assignment.track or TrackSettings(to=[])
-    tracking = follow(track, checkpointer, flatten(dict(assignment.declared)), control.progress)
+    tracking = follow(track, checkpointer, flatten(dict(assignment.declared)), control.progress, options.tracking)
     loop = Loop(
         assignment.config,
         world,
@@ -244,6 +258,7 @@ def make_loop(
         listeners=[tracking.apply],
         static_graph=options.static_graph,
         may_regroup=options.may_regroup,
+        snapshots_of=assignment.launch if options.keeps_snapshots else None,
         optimizer=options.optimizer,
     )
     return PreparedAttempt(checkpointer, loop, tracking, built)
@@ -253,12 +268,15 @@ def claim_attempt(
     assignment: Assignment,
     storage: Storage,
     world: World,
+    regrouped_from: str | None = None,
     continues: Continuation | None = None,
     has_ended: Callable[[], bool] = lambda: False,
 ) -> RegroupingCheckpointer:
     """Claim the run once its storage answers, or prepare the claim of a generation; the claim lists the workers.
 
-    `continues` and `has_ended` as in `RegroupingCheckpointer`.
+    `regrouped_from` is the attempt that this one continues in memory. The claim names it, because it is durable before
+    the journal, and a loss counts as a failure until it is known that training went on. The others are as in
+    `RegroupingCheckpointer`.
     """
     config = assignment.config
     process = {"rank": world.rank, "host": socket.gethostname(), "node": world.node, "pid": os.getpid()}
@@ -278,6 +296,7 @@ def claim_attempt(
             "settings": dict(assignment.declared),
             "workers": workers,
             "record": f"{store.launch_dir(assignment.launch)}/{RECORD}",
+            **({REGROUPED_FROM: regrouped_from} if regrouped_from else {}),
         },
         retention=config.checkpoint.retention,
         max_shard_bytes=config.checkpoint.max_shard_bytes,

@@ -11,7 +11,8 @@ from __future__ import annotations
 import time
 import traceback
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -37,10 +38,12 @@ from outlast.trainers.attempt import (
 from outlast.trainers.config.train import TrainSettings
 from outlast.trainers.distributed.determinism import make_deterministic
 from outlast.trainers.distributed.process_group import GenerationWorld, GroupConnections, connect, disconnect
+from outlast.trainers.distributed.world import World
 from outlast.trainers.loop.control import Control
+from outlast.trainers.loop.non_finite import NonFiniteError, RolledBack
 from outlast.trainers.loop.optimizer import make_optimizer
 from outlast.trainers.loop.rank_activity import StepPhase
-from outlast.trainers.loop.train_loop import Loop, Outcome
+from outlast.trainers.loop.train_loop import Outcome
 from outlast.trainers.regrouping.membership import CONFIRM_S, Member, RegroupFailed, Seat
 from outlast.trainers.regrouping.peer_state import share_state
 from outlast.trainers.user_code import make_importable
@@ -78,12 +81,38 @@ class MemberControl:
         self.inner.progress(event)
 
 
+@dataclass(frozen=True)
+class Environment:
+    """What surrounds a member.
+
+    Attributes:
+        control: The connection to the environment.
+        device: Device of this process.
+        backend: Of the gradients: gloo or nccl.
+        node: Name of the machine in the cluster.
+        log: Path of this process' standard error, if it is kept.
+        marks: When this process reached what comes before its first generation, in seconds since the epoch.
+        watch: Entered by every rank of a generation for its duration.
+        is_stopping: Whether the run is to stop; asked while a lost process is not replaced.
+        failing: Called with an error that a restart does not fix, before this process leaves the group.
+    """
+
+    control: Control
+    device: torch.device
+    backend: str = "gloo"
+    node: str = ""
+    log: str = ""
+    marks: Mapping[str, float] = field(default_factory=dict)
+    watch: Callable[[World], AbstractContextManager[Any]] = lambda world: nullcontext()
+    is_stopping: Callable[[], bool] = lambda: False
+    failing: Callable[[OutlastError], object] = lambda error: None
+
+
 def run_in_place(
     assignment: Assignment,
     storage: Storage,
     join: Callable[[], Member],
-    control: Control,
-    device: torch.device,
+    environment: Environment,
     *,
     is_spare: bool = False,
     wait_s: float = 60.0,
@@ -94,29 +123,40 @@ def run_in_place(
         assignment: The work.
         storage: The storage root.
         join: Joins the group; a spare does so when its model is built.
-        control: The connection to the environment.
-        device: Device of this process.
+        environment: What surrounds this process.
         is_spare: Whether this process waits to replace another one.
         wait_s: Longest time without a group after a loss: beyond it, a restart of all is better.
 
     Returns:
-        How the run ended; for a spare that was not needed, that it is done.
+        How the run ended. If it is stopped while a lost process is not replaced, the steps since the newest checkpoint
+        are lost.
 
     Raises:
         RegroupFailed: The group cannot go on in memory.
         OutlastError: As `run_attempt`.
     """
-    built = _build_spare(assignment, storage, device) if is_spare else None
+    built = _build_spare(assignment, storage, environment.device) if is_spare else None
     member = join()
-    training = _Training(assignment, storage, MemberControl(control, member), member, device, built)
+    training = _Training(assignment, storage, environment, MemberControl(environment.control, member), member, built)
+    outcome: Outcome | None = None
     try:
-        within_s = None
-        while (seat := member.take_seat(within_s)) is not None:
+        seat = member.take_seat()
+        while seat is not None:
             if (outcome := training.run(seat)) is not None:
-                member.finish()
-                return outcome
-            within_s = wait_s
-        return Outcome.DONE
+                break
+            if (seat := member.take_seat(wait_s, environment.is_stopping)) is None and not member.outcome:
+                outcome = Outcome.STOPPED
+        if outcome is not None:
+            member.finish(outcome.value)
+        return Outcome(member.outcome)
+    except OutlastError as error:
+        if error.permanent:
+            environment.failing(error)
+        member.give_up(error)
+        raise
+    except Exception as error:
+        member.fail(error)
+        raise
     finally:
         member.leave()
 
@@ -127,9 +167,9 @@ class _Training:
 
     assignment: Assignment
     storage: Storage
+    environment: Environment
     control: Control
     member: Member
-    device: torch.device
     built: BuiltModel | None
     held: PreparedAttempt | None = None
 
@@ -139,16 +179,20 @@ class _Training:
         self.member.abort = connections.abort
         try:
             marks = {"noticed": self.member.noticed_at, "seat": time.time()}
-            connect(connections, seat.store, number, seat.rank, seat.size)
-            world = GenerationWorld(connections, self.device)
+            connect(connections, seat.meeting, number, seat.rank, seat.size, self.environment.backend)
+            world = self._world(connections, number)
             marks["group"] = time.time()
-            if number:
-                self.held = _regroup(
-                    self.assignment, self.storage, world, self.control, seat, self.held, self.built, marks
-                )
-            else:
-                self.held = prepare_attempt(self.assignment, self.storage, world, self.control, may_regroup=True)
-            return Outcome.SUPERSEDED if self.held is None else self.held.train()
+            with self.environment.watch(world):
+                if number:
+                    self.held = _regroup(
+                        self.assignment, self.storage, world, self.control, seat, self.held, self.built, marks
+                    )
+                else:
+                    self.held = prepare_attempt(self.assignment, self.storage, world, self.control, may_regroup=True)
+                if self.held is None:
+                    return Outcome.SUPERSEDED
+                self.held = replace(self.held, members=seat.generation.members)
+                return self.held.train()
         except Exception as error:  # raised again unless the generation has ended
             if not _is_of_loss(error, self.member, seat):
                 if self.held is not None:
@@ -163,11 +207,16 @@ class _Training:
         self.member.abort = lambda: None
         return None
 
+    def _world(self, connections: GroupConnections, number: int) -> GenerationWorld:
+        environment = self.environment
+        marks = {} if number else environment.marks
+        return GenerationWorld(connections, environment.device, environment.node, environment.log, marks)
+
 
 def _is_of_loss(error: Exception, member: Member, seat: Seat) -> bool:
     """Return whether an error is the consequence of the end of the generation."""
-    if isinstance(error, RegroupFailed):
-        return False
+    if isinstance(error, RegroupFailed | NonFiniteError | RolledBack):
+        return False  # every rank raises them
     if isinstance(error, OutlastError):
         return member.has_ended(seat.generation.number) and not error.permanent
     files = [frame.filename for frame in traceback.extract_tb(error.__traceback__)]
@@ -216,9 +265,9 @@ def _regroup(
 
     If no rank holds a state it resumes from the storage; then None if a later launch has claimed the run.
     """
-    loop = held.loop if held is not None else None
+    loop, tracking = (held.loop, held.tracking) if held is not None else (None, None)
     if not any(world.gather(loop is not None and loop.progress is not None)):
-        prepared = prepare_attempt(assignment, storage, world, control, may_regroup=True)
+        prepared = prepare_attempt(assignment, storage, world, control, may_regroup=True, tracking=tracking)
         if prepared is not None:
             prepared.checkpointer.origin = Origin(prepared.checkpointer.attempt, seat.generation.number)
         return prepared
@@ -226,25 +275,25 @@ def _regroup(
         built = _build_spare(assignment, storage, world.device)
     faults.arm(assignment.faults, world.rank)
     optimizer = loop.optimizer if loop is not None else make_optimizer(built.model, assignment.config.train)
-    progress, mine = (
-        (loop.progress, _state_of(loop)) if loop is not None and loop.progress is not None else (None, None)
-    )
+    progress = loop.progress if loop is not None else None
+    mine = _state_of(held) if held is not None and progress is not None else None
     forget = loop.forget_state if loop is not None else lambda: None
     source, state = share_state(world, built.model, optimizer, progress, mine, forget)
     world.has_equal_weights = all(parameter.requires_grad for parameter in built.model.parameters())
     marks["state"] = time.time()
     continues = Continuation(_origin(state), seat.generation.number, state["step"])
-    checkpointer = claim_attempt(assignment, storage, world, continues, lambda: world.is_aborted)
+    checkpointer = claim_attempt(assignment, storage, world, state["attempt"], continues, lambda: world.is_aborted)
     checkpointer.files, checkpointer.naming = built.files, built.naming
     checkpointer.declaration |= state["declared"]
     make_deterministic(assignment.config.deterministic, state["declared"]["num_threads"])
-    options = LoopOptions(may_regroup=True, optimizer=optimizer)
+    options = LoopOptions(may_regroup=True, optimizer=optimizer, tracking=tracking)
     prepared = make_loop(assignment, world, control, checkpointer, built, options)
-    prepared.tracking.base = state["step"]
+    lost = {name: rank for rank, name in enumerate(state["members"]) if name not in seat.generation.members}
     began = RegroupedEvent(
         step=state["step"],
         attempt=state["attempt"],
-        lost=seat.generation.lost,
+        lost=tuple(lost),
+        ranks=tuple(lost.values()),
         source=source,
         world_size=world.size,
         noticed_at=marks.get("noticed"),
@@ -256,20 +305,27 @@ def _regroup(
         control.progress(began.to_json())
 
     kept = prepared.loop.load_in_memory(state)
-    for event in kept:  # trackers leave out what they have
+    for event in (began, *kept):  # trackers leave out what they have
         prepared.tracking.apply(event.to_json())
-    checkpointer.continue_in_memory(began, kept, loop.checkpointer.journal if loop is not None else None, claimed)
+    checkpointer.go_on_in_memory(began, kept, loop.checkpointer.journal if loop is not None else None, claimed)
     if prepared.loop.is_over:
         checkpointer.settle()
     return prepared
 
 
-def _state_of(loop: Loop) -> dict[str, Any]:
+def _state_of(held: PreparedAttempt) -> dict[str, Any]:
+    loop = held.loop
     declared = {name: value for name, value in loop.checkpointer.declaration.items() if name in _DECLARED}
     checkpointer = loop.checkpointer
     assert isinstance(checkpointer, RegroupingCheckpointer)
     origin = [str(checkpointer.origin.attempt), checkpointer.origin.generation]
-    return {**loop.state_in_memory(), "declared": declared, "attempt": str(checkpointer.attempt), "origin": origin}
+    return {
+        **loop.state_in_memory(),
+        "declared": declared,
+        "attempt": str(checkpointer.attempt),
+        "origin": origin,
+        "members": held.members,
+    }
 
 
 def _origin(state: Mapping[str, Any]) -> Origin:

@@ -7,13 +7,14 @@ supervisor and pod that reads the same store decides alike, however often each o
 - A new acknowledged commit, beyond all earlier ones, is progress: all counts restart.
 - A change of the settings resets them too, because the user has acted.
 - Preemptions are counted separately, and intended ends are not counted.
+- An attempt that another one continued in memory is not counted: training went on.
 """
 
 import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from functools import partial
 from typing import Any
@@ -22,7 +23,7 @@ import xxhash
 
 from outlast.checkpointing.format.layout import AttemptId, CheckpointRef
 from outlast.checkpointing.run_store import events
-from outlast.checkpointing.run_store.claims import list_attempts, list_launches, read_claim
+from outlast.checkpointing.run_store.claims import REGROUPED_FROM, list_attempts, list_launches, read_claim
 from outlast.checkpointing.run_store.journal import COMMITS, read_events, read_first_and_last
 from outlast.checkpointing.run_store.liveness import read_liveness
 from outlast.checkpointing.run_store.store import RunStore
@@ -32,13 +33,15 @@ from outlast.checkpointing.storage.retry import retry
 _SETTLED = frozenset({0, 2, 3, 5, 75, 130})
 #: Those of a launch that ended as intended.
 ORDERLY_EXITS = frozenset({0, 75, 130})
+#: Cause of the end of an attempt that another one continued in memory.
+REGROUPED = "regrouped"
 _STARTS_BEFORE_SKIPPING = 2
 
 
 class AttemptOutcome(Enum):
     """Classes of ends that the restart policy counts."""
 
-    SETTLED = "settled"  #: done, stopped, superseded, resized, or refused for a reason that was reported
+    SETTLED = "settled"  #: done, stopped, superseded, resized, regrouped, or refused for a reason that was reported
     PREEMPTED = "preempted"  #: by an announced loss
     FAILED = "failed"
     SILENT = "silent"  #: without a reported error: its driver has ended too
@@ -76,15 +79,25 @@ def end_of_attempt(
     resize: events.ResizeEvent | None = None,
     has_successor: bool = False,
     is_open: bool = False,
+    is_regrouped: bool = False,
 ) -> AttemptEnd:
     """Derive how an attempt ended from its own records and those of its launch.
 
     `alive` is the launch's liveness file, empty if there is none. `has_successor`: the launch has started another group
-    since. `is_open`: the attempt counts as running unless a record shows its end.
+    since. `is_open`: the attempt counts as running unless a record shows its end. `is_regrouped`: another attempt
+    continued it in memory; `failure` then describes the loss, not an end of the group.
     """
+    if is_regrouped:
+        end = AttemptEnd(AttemptOutcome.SETTLED, REGROUPED, has_successor=True, is_planned=False)
+        if failure is None:
+            return end
+        message = f"{failure.cause}: {failure.message}"
+        return replace(end, message=message, rank=failure.rank, where=failure.where or "", at=_noticed_at(failure))
+    if failure is not None and failure.in_place and is_open and not has_successor:
+        return AttemptEnd(AttemptOutcome.OPEN)  # the others are going on
     if failure is not None:
         outcome = AttemptOutcome.PREEMPTED if failure.cause == "preempted" else AttemptOutcome.FAILED
-        at, where = failure.noticed_at or failure.t, failure.where or ""
+        at, where = _noticed_at(failure), failure.where or ""
         message, rank = failure.message, failure.rank
         return AttemptEnd(outcome, failure.cause, message, rank, where, at, has_successor=True, is_planned=False)
     if final is not None:
@@ -106,6 +119,10 @@ def end_of_attempt(
         message = failed.error if failed else ""
         return AttemptEnd(AttemptOutcome.SILENT, "driver lost", message, is_planned=False)
     return AttemptEnd(settled or AttemptOutcome.SILENT, "failed", str(alive.get("error", "")), is_planned=False)
+
+
+def _noticed_at(failure: events.GroupFailureEvent) -> float:
+    return failure.noticed_at or failure.t
 
 
 _ENDS: Mapping[type[events.Event], str] = {
@@ -156,8 +173,13 @@ def settings_digest(declared: Mapping[str, Any]) -> str:
     return xxhash.xxh3_64_hexdigest(json.dumps(declared, sort_keys=True, default=str).encode())
 
 
+#: Begins the error of a rank that lost its peers while all went on in memory.
+NOT_IN_MEMORY = "training cannot go on in memory"
 #: In the errors of a rank whose peer has gone.
-_SECONDARY = ("Connection reset by peer", "Connection closed by peer", "Broken pipe", "gloo", "NCCL", "Socket Timeout")
+_SECONDARY = (
+    *("Connection reset by peer", "Connection closed by peer", "Broken pipe", "gloo", "NCCL", "Socket Timeout"),
+    NOT_IN_MEMORY,
+)
 
 
 def is_secondary_error(message: str) -> bool:
@@ -199,12 +221,21 @@ def read_attempt_history(store: RunStore, *, live: str = "", below: AttemptId | 
             for event in failures
             if event.attempt == "unclaimed" and event.t >= began_at
         ]
+        begins = {attempt: _read_journal(store, attempt) for attempt in own}
+        regrouped = {claims[item].get(REGROUPED_FROM) or begun.regrouped_from for item, begun in begins.items()}
         for attempt in own:
             failure = failure_of.get(str(attempt))
-            end = partial(
-                end_of_attempt, alive, failure=failure, has_successor=attempt != own[-1], is_open=launch == live
+            end = end_of_attempt(
+                alive,
+                final=begins[attempt].final,
+                failed=begins[attempt].failed,
+                failure=failure,
+                has_successor=attempt != own[-1],
+                is_open=launch == live,
+                is_regrouped=str(attempt) in regrouped,
             )
-            item = _read_record(store, attempt, claims[attempt], committed[attempt], failure, end)
+            item = _record(attempt, claims[attempt], committed[attempt], begins[attempt], end)
+            item = replace(item, raised=(failure and failure.raised) or "")
             dated.append((claims[attempt].get("claimed_at", 0.0), item))
         if not dated and not failures and launch != live:
             records += _launch_without_attempts(alive)
@@ -237,43 +268,50 @@ def _commits(store: RunStore, attempt: AttemptId) -> tuple[int, ...]:
     return tuple(event.step for event in parsed if isinstance(event, events.CommitEvent))
 
 
-def _read_record(
-    store: RunStore,
-    attempt: AttemptId,
-    claim: Mapping[str, Any],
-    commits: tuple[int, ...],
-    failure: events.GroupFailureEvent | None,
-    end: Callable[..., AttemptEnd],
-) -> AttemptRecord:
-    """Read the record of an attempt; `end` is `end_of_attempt` with what its launch recorded."""
+@dataclass(slots=True)
+class _Journal:
+    """What the journal of an attempt shows of its beginning and its end."""
+
     resume: events.ResumeEvent | None = None
+    regrouped_from: str | None = None
     final: events.FinalEvent | None = None
     failed: events.AttemptErrorEvent | None = None
-    has_begun = bool(commits)
+    has_begun: bool = False
+
+
+def _read_journal(store: RunStore, attempt: AttemptId) -> _Journal:
+    found = _Journal()
     for body in _readable(store, store.attempt_dir(attempt), read_first_and_last):
         if body["event"] == events.StepEvent.kind:
-            has_begun = True
+            found.has_begun = True
             continue
         match events.parse_event(body):
             case events.ResumeEvent() as event:
-                resume = resume or event
+                found.resume = found.resume or event
+            case events.RegroupedEvent() as event:
+                found.regrouped_from = event.attempt
             case events.DoneEvent() | events.StopEvent() | events.SupersededEvent() as event:
-                final = event
+                found.final = event
             case events.AttemptErrorEvent() as event:
-                failed = event
+                found.failed = event
             case events.NonFiniteEvent():
-                has_begun = True
+                found.has_begun = True
+    return found
+
+
+def _record(
+    attempt: AttemptId, claim: Mapping[str, Any], commits: tuple[int, ...], journal: _Journal, end: AttemptEnd
+) -> AttemptRecord:
     return AttemptRecord(
-        end(final=final, failed=failed),
+        end,
         settings=settings_digest(claim.get("settings", {})),
         commits=commits,
         attempt=attempt,
-        base=resume.source if resume else None,
-        passed_over=resume.passed_over if resume else (),
-        has_begun=has_begun,
-        failed_step=failed.step if failed else None,
-        is_final=failed is not None and failed.final,
-        raised=(failure and failure.raised) or "",
+        base=journal.resume.source if journal.resume else None,
+        passed_over=journal.resume.passed_over if journal.resume else (),
+        has_begun=journal.has_begun or bool(commits),
+        failed_step=journal.failed.step if journal.failed else None,
+        is_final=journal.failed is not None and journal.failed.final,
     )
 
 

@@ -24,6 +24,8 @@ from outlast.checkpointing.storage.base import list_directories, read_object
 from outlast.checkpointing.storage.retry import retry
 from outlast.checkpointing.storage.round_trip import check_written
 
+#: Key of a claim: the attempt that this one continues in memory.
+REGROUPED_FROM = "regrouped_from"
 #: What readers of a claim rely on; a value of another type counts as missing.
 _TYPES = {
     "launch": str,
@@ -32,6 +34,7 @@ _TYPES = {
     "settings": Mapping[str, Any],
     "versions": Mapping[str, Any],
     "workers": tuple[Mapping[str, Any], ...],
+    REGROUPED_FROM: str,
 }
 
 

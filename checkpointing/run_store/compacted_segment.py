@@ -55,7 +55,10 @@ class StepColumns:
         number = self.columns["step"]
         floor = np.iinfo(np.int64).min if after is None else after
         highest = np.maximum.accumulate(np.concatenate([[floor], number]))[:-1]
-        kept = number > highest
+        return self.where(number > highest)
+
+    def where(self, kept: npt.NDArray[np.bool_]) -> StepColumns:
+        """Return the steps for which `kept` is true."""
         return self if kept.all() else StepColumns({name: column[kept] for name, column in self.columns.items()})
 
 

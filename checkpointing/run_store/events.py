@@ -76,6 +76,16 @@ class Rejection:
     reasons: Annotated[tuple[str, ...], "what is wrong with it"] = ()
 
 
+@dataclass(frozen=True)
+class MemorySource:
+    """Snapshots in memory."""
+
+    attempt: Annotated[str, "name of the attempt that took them"]
+    moved: Annotated[tuple[int, ...], "ranks whose part another node had"] = ()
+    num_bytes: Annotated[int, "bytes of all ranks"] = 0
+    seconds: Seconds = 0.0
+
+
 class StartEvent(Event, kind="start"):
     """The attempt starts from step 0, because the run has no commit."""
 
@@ -83,13 +93,36 @@ class StartEvent(Event, kind="start"):
 
 
 class ResumeEvent(Event, kind="resume"):
-    """The attempt has restored a checkpoint, every byte of it verified."""
+    """The attempt has restored a checkpoint, or snapshots in memory, every byte verified."""
 
     step: Step
-    source: Annotated[CheckpointRef | None, "the checkpoint: its attempt and directory"]
+    source: Annotated[CheckpointRef | None, "the checkpoint: its attempt and directory; null for snapshots in memory"]
     committed_at: Annotated[float | None, "when it was committed, in seconds since the epoch"]
     rejected: Annotated[tuple[Rejection, ...], "newer checkpoints that are damaged"] = ()
     passed_over: Annotated[tuple[CheckpointRef, ...], "newer checkpoints from which two starts failed"] = ()
+    memory: Annotated[MemorySource | None, "the snapshots in memory that were restored"] = None
+
+
+class SnapshotsUnusedEvent(Event, kind="snapshots-unused"):
+    """Snapshots in memory could not be restored, so that an older one, or a checkpoint, is."""
+
+    reasons: Annotated[tuple[str, ...], "why, by step"] = ()
+
+
+class SnapshotsOffEvent(Event, kind="snapshots-off"):
+    """No snapshots are taken in memory by this attempt, or no more of them."""
+
+    reason: Message = ""
+
+
+class SnapshotIntervalEvent(Event, kind="snapshot-interval"):
+    """The interval of snapshots in memory was computed from their cost."""
+
+    steps: Annotated[int, "steps from one to the next"]
+    blocked_s: Annotated[float, "seconds that training waited for the newest one between two steps"] = 0.0
+    fenced_s: Annotated[float, "seconds that it waited within a step"] = 0.0
+    processor_s: Annotated[float, "seconds of a processor meanwhile"] = 0.0
+    num_bytes: Annotated[int, "bytes of rank 0's snapshot"] = 0
 
 
 class RegroupedEvent(Event, kind="regrouped"):
@@ -98,6 +131,7 @@ class RegroupedEvent(Event, kind="regrouped"):
     step: Step
     attempt: Annotated[str | None, "name of the attempt before"] = None
     lost: Annotated[tuple[str, ...], "the processes that were lost"] = ()
+    ranks: Annotated[tuple[int, ...], "their ranks in the attempt before"] = ()
     source: Annotated[int, "the rank whose state the others took"] = 0
     world_size: Annotated[int | None, "number of workers"] = None
     noticed_at: Annotated[float | None, "when the loss was noticed, in seconds since the epoch"] = None
@@ -382,7 +416,7 @@ class Reached:
 
 
 class GroupFailureEvent(Event, kind="failure"):
-    """A worker group ended by a failure or a preemption. The last four fields are of the live message alone."""
+    """A worker was lost, or its group ended, by a failure or a preemption. The last four fields are live only."""
 
     attempt: Annotated[str, "name of the attempt, or `unclaimed`"] = "unclaimed"
     noticed_at: Annotated[float | None, "when it was noticed, in seconds since the epoch"] = None
@@ -392,6 +426,7 @@ class GroupFailureEvent(Event, kind="failure"):
     where: Annotated[str | None, "which ranks, and the path of the log"] = None
     raised: Annotated[str | None, "what code raised, and after which step"] = None
     reached: Annotated[Reached | None, "the last step that was reported live"] = None
+    in_place: Annotated[bool | None, "whether the other workers went on in memory"] = None
     number: Annotated[int | None, "failures (or preemptions) since the last progress"] = None
     limit: Annotated[int | None, "how many of them are allowed; -1 for any number"] = None
     ends: Annotated[bool | None, "whether the run is given up"] = None
@@ -419,7 +454,7 @@ class NoRoomEvent(Event, kind="no-room"):
 class PhaseEvent(Event, kind="phase"):
     """The driver begins a phase of the launch. Not journaled."""
 
-    name: Annotated[str, "`data`, `dry_step` or `ray`"]
+    name: Annotated[str, "`data`, `dry_step`, `ray` or `attached`"]
     launch: Annotated[str | None, "name of the launch"] = None
     num_steps: Annotated[int | None, "steps of the whole run"] = None
     num_samples: Annotated[int | None, "samples of an epoch"] = None

@@ -10,13 +10,14 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from outlast.checkpointing.errors import StorageError
 from outlast.checkpointing.format.layout import is_litter
 from outlast.checkpointing.redaction import redact
+from outlast.checkpointing.run_store import events
 from outlast.checkpointing.run_store.store import RunStore
 from outlast.checkpointing.run_store.typed_json import Moment, fitting
 from outlast.checkpointing.storage.base import Storage, read_object
@@ -36,6 +37,7 @@ _TYPES = {
     "settings": str,
     "error": str,
     "progress": Mapping[str, Any],
+    "root": str,
 }
 
 
@@ -47,9 +49,9 @@ def find_active_launch(store: RunStore) -> str | None:
     seen: dict[str, Any] = {}
     deadline = time.monotonic() + GRACE_PERIOD_S
     while True:
-        open_launches = dict(_open_launches(store))
-        for launch, beat in open_launches.items():
-            if seen.setdefault(launch, beat) != beat:
+        open_launches = open_launch_files(store)
+        for launch, body in open_launches.items():
+            if seen.setdefault(launch, body.get("beat")) != body.get("beat"):
                 return launch
         if not open_launches or time.monotonic() > deadline:
             return None
@@ -57,11 +59,11 @@ def find_active_launch(store: RunStore) -> str | None:
         store.refresh()
 
 
-def _open_launches(store: RunStore) -> Iterator[tuple[str, Any]]:
-    for entry in store.storage.list(f"{store.run}/launches"):
-        body = {} if is_litter(entry.name) else read_liveness(store, entry.name)
-        if body and not body.get("ended") and not is_dead(body):
-            yield entry.name, body.get("beat")
+def open_launch_files(store: RunStore) -> dict[str, dict[str, Any]]:
+    """Return the liveness files, by launch, of the launches that have recorded no end and are not known to be dead."""
+    names = [entry.name for entry in store.storage.list(f"{store.run}/launches") if not is_litter(entry.name)]
+    bodies = {name: read_liveness(store, name) for name in names}
+    return {name: body for name, body in bodies.items() if body and not body.get("ended") and not is_dead(body)}
 
 
 def is_dead(alive: Mapping[str, Any]) -> bool:
@@ -98,11 +100,15 @@ class LivenessFile:
 
     `settings` is the `settings_digest` of the launch, `began` its start in seconds since the epoch; None is now.
     `progress` is written with each heartbeat: what the driver knows and a killed rank 0 left out of its journal.
+    `root` is the name of the actor that runs the workers, if they outlive the driver.
     """
 
-    def __init__(self, storage: Storage, path: str, settings: str = "", began: float | None = None) -> None:
-        self._storage, self._path, self._settings = storage, path, settings
-        self._began = time.time() if began is None else began
+    def __init__(
+        self, storage: Storage, path: str, settings: str = "", began: float | None = None, root: str = ""
+    ) -> None:
+        self._storage, self._path, self._settings, self._root = storage, path, settings, root
+        self._is_handed_over = False
+        self.began = time.time() if began is None else began
         self.progress: Mapping[str, Any] = {}
         self._beat = 0
         self._ended = threading.Event()
@@ -113,7 +119,7 @@ class LivenessFile:
     def _put(self, exit_code: int | None, error: str = "") -> None:
         body = {
             "beat": self._beat,
-            "began": self._began,
+            "began": self.began,
             "t": time.time(),
             "host": _host(),
             "pid": os.getpid(),
@@ -123,6 +129,7 @@ class LivenessFile:
             "settings": self._settings,
             "error": redact(error),
             "progress": dict(self.progress),
+            "root": self._root,
         }
         self._storage.put(self._path, [json.dumps(body).encode()])
 
@@ -132,9 +139,29 @@ class LivenessFile:
             with contextlib.suppress(StorageError):  # a second launch may then not see this one
                 self._put(None)
 
-    def end(self, exit_code: int | None, error: str = "") -> None:
+    def apply(self, body: Mapping[str, Any]) -> None:
+        """Keep the newest attempt's plan and last step, from a live event."""
+        event, attempt = events.parse_event(body), body.get("sender")
+        if not isinstance(attempt, str):
+            return
+        known = self.progress if self.progress.get("attempt") == attempt else {"attempt": attempt, "step": 0}
+        if isinstance(event, events.PlanEvent):
+            self.progress = {**known, "num_steps": event.num_steps}
+        elif isinstance(event, events.StepEvent):
+            self.progress = {**known, "step": event.step, "ended_at": event.ended_at}
+
+    def hand_over(self) -> None:
+        """Leave the file, from now on, to another process of the launch."""
         self._ended.set()
         self._thread.join()
+        self._is_handed_over = True
+
+    def end(self, exit_code: int | None, error: str = "") -> None:
+        """Record the end, unless another process of the launch does."""
+        self._ended.set()
+        self._thread.join()
+        if self._is_handed_over:
+            return
         with contextlib.suppress(StorageError):
             self._put(1 if exit_code is None else exit_code, error)
 
@@ -150,3 +177,12 @@ def read_liveness(store: RunStore, launch: str) -> dict[str, Any]:
         body |= retry(lambda: read_object(store.storage, path))
     body = fitting(body, _TYPES)
     return {"t": 0.0, **body} if body else {}
+
+
+def end_for(store: RunStore, launch: str, exit_code: int, error: str) -> None:
+    """Record the end of a launch whose own process could not, unless it did."""
+    with contextlib.suppress(StorageError):
+        body = read_liveness(store, launch)
+        if body and not body.get("ended"):
+            ended = {"t": time.time(), "ended": True, "exit_code": exit_code, "error": redact(error)}
+            store.storage.put(f"{store.launch_dir(launch)}/alive.json", [json.dumps({**body, **ended}).encode()])

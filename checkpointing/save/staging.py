@@ -38,7 +38,7 @@ class StagingBuffer:
 
         Raises ConfigError if they do not fit into this machine's memory.
         """
-        num_bytes = sum(_padded(part) for part in parts.values())
+        num_bytes = bytes_needed(parts)
         if num_bytes <= self._buffer.numel():
             return
         self._buffer = torch.empty(0, dtype=torch.uint8)
@@ -53,7 +53,7 @@ class StagingBuffer:
         self._buffer = torch.empty(num_bytes, dtype=torch.uint8)
         self._buffer[::4096] = 0  # touches every page now, not in the first save
         if any(part.tensor.is_cuda for part in parts.values()):
-            _pin(self._buffer)
+            pin(self._buffer)
 
     def take(self, parts: Mapping[str, LocalShard], *, now: Collection[str]) -> HostCopy:
         """Begin a copy, one at a time; a thread must call its `run`.
@@ -61,12 +61,7 @@ class StagingBuffer:
         Those named in `now` are copied before this returns, because the forward pass changes them.
         """
         self.reserve(parts)
-        target, position = {}, 0
-        for name, part in parts.items():
-            flat = self._buffer[position : position + part.tensor.numel() * part.tensor.element_size()]
-            target[name] = replace(part, tensor=flat.view(part.tensor.dtype).view(part.tensor.shape))
-            position += _padded(part)
-        return HostCopy({name: (part.tensor, target[name].tensor) for name, part in parts.items()}, target, now)
+        return begin_copy(self._buffer, parts, now)
 
 
 class HostCopy:
@@ -141,7 +136,22 @@ class HostCopy:
         self.fenced_s += time.monotonic() - began
 
 
-def _pin(buffer: torch.Tensor) -> None:
+def begin_copy(buffer: torch.Tensor, parts: Mapping[str, LocalShard], now: Collection[str]) -> HostCopy:
+    """Begin a copy into `buffer`, in the order of `parts`; as `StagingBuffer.take`."""
+    target, position = {}, 0
+    for name, part in parts.items():
+        flat = buffer[position : position + part.tensor.nbytes]
+        target[name] = replace(part, tensor=flat.view(part.tensor.dtype).view(part.tensor.shape))
+        position += _padded(part)
+    return HostCopy({name: (part.tensor, target[name].tensor) for name, part in parts.items()}, target, now)
+
+
+def bytes_needed(parts: Mapping[str, LocalShard]) -> int:
+    """Return the size of a buffer for `parts`."""
+    return sum(_padded(part) for part in parts.values())
+
+
+def pin(buffer: torch.Tensor) -> None:
     """Pin the buffer's pages for as long as it exists, so that a device copies into them. Raises ConfigError.
 
     torch's own pinned memory is not used: its sizes are powers of two, up to twice the size requested.
@@ -157,7 +167,7 @@ def _pin(buffer: torch.Tensor) -> None:
 
 
 def _padded(part: LocalShard) -> int:
-    return -(-part.tensor.numel() * part.tensor.element_size() // _ALIGNMENT) * _ALIGNMENT
+    return -(-part.tensor.nbytes // _ALIGNMENT) * _ALIGNMENT
 
 
 def free_bytes() -> int:

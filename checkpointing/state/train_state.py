@@ -54,6 +54,11 @@ class TrainState:
         if self.specs.keys() != set(saved) and first.older:
             self._use(first)
 
+    @property
+    def is_on_device(self) -> bool:
+        """Whether weights lie in the memory of a CUDA device."""
+        return any(part.tensor.is_cuda for part in self.weights.values())
+
     def weights_to_write(self, rank: int) -> dict[str, LocalShard]:
         """Return the weights that a rank writes: its part of sharded ones, and on rank 0 all others."""
         return {name: part for name, part in self.weights.items() if rank == 0 or part.is_sharded}
@@ -62,11 +67,16 @@ class TrainState:
         """Return the optimizer state that a rank writes; None without an optimizer. Raises ConfigError."""
         if self.optimizer is None:
             return None
-        shards = {name: local_shard(item) for name, item in optimizer_tensors(self._model, self.optimizer).items()}
+        shards = self.moments()
         unsharded = {name: part.tensor for name, part in shards.items() if not part.is_sharded}
         rank_0_bytes = sum(self.specs[name].num_bytes for name, part in self.weights.items() if not part.is_sharded)
         mine = set(assign_to_ranks(unsharded, size, rank_0_bytes)[rank])
         return {name: part for name, part in shards.items() if name in mine or (part.is_sharded and not part.is_copy)}
+
+    def moments(self) -> dict[str, LocalShard]:
+        """Return this rank's shard of the optimizer state; shares the optimizer's memory. Raises ConfigError."""
+        tensors = optimizer_tensors(self._model, self.optimizer) if self.optimizer is not None else {}
+        return {name: local_shard(item) for name, item in tensors.items()}
 
     def moments_digest(self) -> str:
         """Return a digest of the names, types and full shapes of the optimizer state; equal on ranks that agree."""

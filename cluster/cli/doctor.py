@@ -91,7 +91,7 @@ def _run_as_job(
     elif storage is not None:
         arguments += ["--storage", storage]
     client = jobs.connect(address)
-    log = jobs.run_command(client, arguments, declared)
+    log, _ = jobs.run_command(client, arguments, declared)
     lines = [line for line in log.splitlines() if line.startswith(JSON_HEAD)]
     if not lines:
         print_log(log, to_stderr=True)

@@ -32,7 +32,11 @@ def drill(
     overrides: Overrides = None,
     faults: Annotated[
         Texts,
-        Option("--fault", metavar="FAULT", help="kill, kill-in-save, error, stop, damage or driver; repeatable. All."),
+        Option(
+            "--fault",
+            metavar="FAULT",
+            help="in-place, kill, kill-in-save, error, stop, damage or driver; repeatable. All.",
+        ),
     ] = None,
     steps: Annotated[int, Option(help="Steps of each copy.")] = 12,
     address: Annotated[str | None, Option(help="A Ray cluster; default: a new local one.")] = None,
@@ -46,7 +50,12 @@ def drill(
     from outlast.cluster.drills.drill import parse_faults, run_drill
 
     results = run_drill(
-        run_file, overrides or [], kinds=parse_faults(faults), num_steps=steps, address=address, keep=keep
+        run_file,
+        overrides or [],
+        kinds=parse_faults(faults) if faults else None,
+        num_steps=steps,
+        address=address,
+        keep=keep,
     )
     if as_json:
         print_json([asdict(finding) for finding in results])

@@ -234,19 +234,37 @@ def logs(
 
 
 def stop(run: Run, address: Address = None) -> None:
-    """Have a run's job commit a checkpoint and end, and wait for it. The exit code is the job's.
+    """Have a run commit a checkpoint and end, and wait for it. The exit code is the run's.
 
-    It is an error if the cluster has no job of the run.
+    --address is a job server, which must have had a job of the run, or a Ray cluster (HEAD:6379) that this machine is
+    part of. A run that has lost its driver is stopped too.
     """
     from outlast.cluster.jobs import ray_jobs as jobs
 
     name = run_name(run)
+    if address is not None and "://" not in address:
+        _stop_without_driver(name, address)
+        return
     client = jobs.connect(address)
     job = jobs.stop(client, name)
     if job is None:
         print_line(f"run {name} has no live job", to_stderr=True)
-        return
+        log, exit_code = jobs.run_command(client, ["stop", name, "--address", "auto"], None)
+        print_log(log, to_stderr=True)
+        raise Exit(exit_code)
     again = jobs.resume_command_of(client, job.id) or shlex.join(["outlast", "resume", run])
     again += f" --address {shlex.quote(address)}" if address else ""
     print_line(f"{job.id}: {job.status}; to resume: {again}", to_stderr=True)
     raise Exit(job.exit_code)
+
+
+def _stop_without_driver(name: str, address: str) -> None:
+    """Stop a run on the Ray cluster at `address` that needs no driver."""
+    from outlast.cluster.driver.detached.attachment import stop_run
+
+    finished = stop_run(name, address)
+    if finished is None:
+        print_line(f"no workers of run {name} are left on the cluster", to_stderr=True)
+        return
+    print_line(f"{name}: launch {finished.launch}: {finished.outcome.value}", to_stderr=True)
+    raise Exit(finished.outcome.exit_code)

@@ -11,7 +11,7 @@ from typer import BadParameter, Exit, Option
 
 from outlast.cluster.cli.options import Address, AsJson, Run, StorageRoot, print_runs, print_unreadable, writing
 from outlast.cluster.config.run_reference import RUN_FILES, find_run
-from outlast.cluster.formatting import counted, when
+from outlast.cluster.formatting import counted, duration, when
 from outlast.cluster.output import make_console, print_json, print_line
 
 if TYPE_CHECKING:
@@ -91,6 +91,11 @@ def _print(run: str, summary: RunSnapshot, body: dict[str, Any]) -> None:
         where = next((item.get("where") for item in body["failures"] if item.get("attempt") == end.attempt), None)
         if where:
             print_line(f"    {where}")
+    for item in summary.regroupings:
+        print_line(f"  {when(item.at)}  {item.description}; {item.outcome}")
+        phases = ", ".join(f"{name} {duration(seconds)}" for name, seconds in item.phases.items())
+        source = "" if item.source is None else f"state of rank {item.source}, after step {item.step}; "
+        print_line(f"    {source}{phases}")
     for change in body["sizes"]:
         print_line(f"  {when(change['t'])}  {counted(change['before'], 'worker')} → {change['now']}: {change['cause']}")
     for job in body.get("jobs", []):

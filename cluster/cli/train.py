@@ -14,7 +14,9 @@ from outlast.cluster.config.run_reference import RESUME_VARIABLE
 from outlast.cluster.output import print_line
 
 if TYPE_CHECKING:
-    from outlast.cluster.driver.launch import Launch
+    from outlast.cluster.config.run_config import RunConfig
+    from outlast.cluster.driver.detached.attachment import Attachment
+    from outlast.cluster.driver.launch import Finished, Launch
     from outlast.cluster.monitoring.console_progress import ProgressReporter
 
 #: How long a second Ctrl-C waits for the storage.
@@ -41,16 +43,24 @@ def train(
     interruption = _Interruption(config.name, again)
     with respond_to_signals(interruption.announce, interruption.quit):
         print_line(f"{config.name}: starting", to_stderr=True)
-        from outlast.cluster.driver.launch import Launch
         from outlast.cluster.monitoring.console_progress import ProgressReporter
-        from outlast.trainers.loop.train_loop import Outcome
 
         config = config.at_home(run_file.parent)
         with ProgressReporter(config.name, store=config.store, keep=True) as reporter:
-            code = str(run_file.parent.absolute())
-            launch = Launch(config, declared, take_over=take_over, code=code, tell=reporter)
-            interruption.reporter, interruption.launch = reporter, launch
-            finished = launch.run(address)
+            interruption.reporter = reporter
+            # A job of `submit` has --take-over for launches that are dead or elsewhere; one on this cluster it keeps.
+            ends_root = take_over and not of_client
+            finished = _attach(config, declared, address, interruption, ends_root=ends_root)
+            if finished is None:
+                from outlast.cluster.driver.detached.host import detached_host
+                from outlast.cluster.driver.launch import Launch
+
+                code = str(run_file.parent.absolute())
+                launch = Launch(config, declared, take_over=take_over, code=code, tell=reporter, host=detached_host)
+                interruption.launch = launch
+                finished = launch.run(address)
+    from outlast.trainers.loop.train_loop import Outcome
+
     if finished.model is not None:
         reporter.print_line("done")
         print_line(f"{config.checkpoint.storage}/{finished.model}")
@@ -62,13 +72,49 @@ def train(
     raise Exit(finished.outcome.exit_code)
 
 
+def _attach(
+    config: RunConfig, declared: dict[str, Any], address: str | None, interruption: _Interruption, *, ends_root: bool
+) -> Finished | None:
+    """Follow the run's launch whose workers outlived their driver to its end. Return None if there is none here.
+
+    With `ends_root` its workers are ended instead, so that the next launch has their place.
+    """
+    reporter = interruption.reporter
+    if reporter is None or not (address or os.environ.get("RAY_ADDRESS")) or not config.failure.survive_driver:
+        return None
+    from outlast.checkpointing.run_store import events
+    from outlast.checkpointing.run_store.attempt_history import settings_digest
+    from outlast.cluster.driver.detached.attachment import attached
+    from outlast.cluster.driver.signals import INTERRUPTIONS, exit_when_interrupted
+
+    with attached(config.store, address) as found:
+        if found is None:
+            return None
+        attachment, alive = found
+        if ends_root:
+            attachment.quit()
+            return None
+        interruption.launch = attachment
+        phase = events.PhaseEvent(name="attached", launch=attachment.launch)
+        reporter({"t": alive.get("began", 0.0), **phase.to_json()})
+        if alive.get("settings") != settings_digest(declared):
+            text = "its settings are others than those given; it keeps them (--take-over starts anew with these)"
+            reporter(events.NoteEvent(text=text).to_json())
+        try:
+            return attachment.follow(reporter)
+        except INTERRUPTIONS:
+            from outlast.cluster.driver.launch import Interrupted
+
+            raise Interrupted(f"interrupted; {exit_when_interrupted(config.store)[1]}") from None
+
+
 class _Interruption:
     """What Ctrl-C prints and does at once, while the main thread may be busy for seconds."""
 
     def __init__(self, title: str, again: str) -> None:
         self._title, self._again = title, again
         self.reporter: ProgressReporter | None = None
-        self.launch: Launch | None = None
+        self.launch: Launch | Attachment | None = None
 
     def announce(self) -> None:
         """Answer the first one; once training has begun, the launch does."""

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, Self
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
+from outlast.checkpointing.errors import ConfigError
 from outlast.checkpointing.run_store.store import RunStore
 from outlast.checkpointing.save.save_schedule import SaveInterval
 from outlast.checkpointing.storage.factory import open_storage
@@ -15,7 +16,7 @@ from outlast.cluster.fault_tolerance.restart_policy import RestartLimits
 from outlast.trainers.config.base import Duration
 from outlast.trainers.config.model import is_model_path
 from outlast.trainers.config.tracking import TrackSettings
-from outlast.trainers.config.train import ParallelSettings, TrainingFailureSettings
+from outlast.trainers.config.train import Exactness, Parallel, ParallelSettings, TrainingFailureSettings
 from outlast.trainers.config.training_config import TrainingConfig
 
 
@@ -28,6 +29,9 @@ class ScaleSettings(ParallelSettings):
     resize_every: Duration = SaveInterval.parse("1m")
     """How often to check whether more workers fit. Each change of their number costs a checkpoint and a restart of the
     group, so nodes that arrive one after another are better added together."""
+    spares: int = Field(0, ge=0)
+    """More workers, with the same resources, which hold the model and wait: when a worker is lost, one of them goes on
+    in its place within a second, and a new one is started. Needs failure.in_place."""
     gpus_per_worker: float = Field(0, ge=0)
     """GPUs of a worker; 0 trains on the CPU."""
     cpus_per_worker: float | None = Field(None, gt=0)
@@ -78,10 +82,19 @@ class FailureSettings(TrainingFailureSettings):
     survive_head: bool = False
     """`submit` lets the driver run on a worker's node, for 0.01 of a CPU; the head must offer none. If Ray's tables are
     on a persistent volume (docs/how-to/recover.md), training continues while the head is down."""
+    survive_driver: bool = False
+    """On an existing cluster: the run goes on when its driver is killed, or its terminal is lost. The same command
+    attaches to it again; `outlast stop`, Ctrl-C and SIGTERM end it. A local Ray ends with its driver."""
+    lease: Duration | None = SaveInterval.parse("24h")
+    """A run that has been without a driver for this time saves a checkpoint and ends. null: it goes on to its end."""
     hang_after: Duration | None = SaveInterval.parse("2m")
     """A group that makes no progress for this time, and for 20 times the median step, is killed and restarted. Phases
     of varying length (start, first steps, reading data, evaluation, saves) may take 15 times as long. null: never."""
 
+    in_place: Literal["auto"] | bool = "auto"
+    """Whether the other workers keep the training state in memory when one is lost, and go on with its replacement: no
+    step is lost or done twice. Needs scale.parallel: ddp and at least two workers; without them, and if it fails, all
+    workers restart from the newest checkpoint. auto: on CPUs; true: on GPUs, too, which is not tried yet."""
     standby_after_s: float | None = Field(30.0, ge=0.0)
     """After this time of training, a standby process with all imports done waits for each worker, and one on each of
     two spare nodes; a restart uses them. Each takes about 400 MB of host memory and no GPU; null: none."""
@@ -89,6 +102,10 @@ class FailureSettings(TrainingFailureSettings):
     @property
     def hang_after_s(self) -> float | None:
         return None if self.hang_after is None else self.hang_after.amount
+
+    @property
+    def lease_s(self) -> float | None:
+        return None if self.lease is None else self.lease.amount
 
     @property
     def limits(self) -> RestartLimits:
@@ -101,6 +118,36 @@ class RunConfig(TrainingConfig):
     scale: ScaleSettings = Field(default_factory=lambda: ScaleSettings.model_validate({}))
     failure: FailureSettings = Field(default_factory=lambda: FailureSettings.model_validate({}))
     track: TrackSettings = Field(default_factory=lambda: TrackSettings.model_validate({}))
+
+    @model_validator(mode="after")
+    def _check_in_place(self) -> Self:
+        why_not = self._why_not_in_place()
+        if self.failure.in_place is True and why_not:
+            raise ConfigError(f"failure.in_place: true {why_not}", hint="use failure.in_place: auto or false")
+        if self.scale.spares and not self.goes_on_in_place:
+            why_not = why_not or f"does not go with failure.in_place: {str(self.failure.in_place).lower()} here"
+            raise ConfigError(f"scale.spares {why_not}", hint="use scale.spares: 0")
+        return self
+
+    def _why_not_in_place(self) -> str:
+        scale = self.scale
+        if scale.parallel is not Parallel.DDP:
+            return "needs scale.parallel: ddp, where each worker holds the whole state"
+        if scale.max_workers < 2:
+            return "needs at least 2 scale.workers: the state of a single one is lost with it"
+        if scale.is_elastic and self.exactness is not Exactness.ELASTIC:
+            return "needs exactness: elastic where the number of scale.workers may change"
+        if scale.is_elastic and scale.spares:
+            return "need a fixed number of scale.workers"
+        return ""
+
+    @property
+    def goes_on_in_place(self) -> bool:
+        """Whether the other workers go on in memory when one is lost."""
+        is_wanted = self.failure.in_place is True or (
+            self.failure.in_place == "auto" and not self.scale.gpus_per_worker
+        )
+        return is_wanted and not self._why_not_in_place()
 
     def at_home(self, folder: Path) -> RunConfig:
         """Return a copy with absolute local paths; relative ones are resolved from `folder`, the run file's.

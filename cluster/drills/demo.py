@@ -103,6 +103,7 @@ def _config(directory: Path, name: str) -> RunConfig:
         "data": {"train": str(directory / "texts.jsonl"), "eval": "2%", "max_length": 128},
         "train": {"steps": NUM_STEPS, "batch": 16, "micro_batch": 4, "lr": 2e-3, "warmup": 0.2, "eval_every": 50},
         "scale": {"workers": 2},
+        "failure": {"in_place": False},
         "checkpoint": {"storage": str(directory / "runs"), "every": SAVE_EVERY},
     }
     (directory / f"{name}.yaml").write_text(yaml.safe_dump(body, sort_keys=False))

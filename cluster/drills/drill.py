@@ -26,7 +26,7 @@ from rich.markup import escape
 from outlast.checkpointing.errors import ConfigError, OutlastError
 from outlast.checkpointing.fault_injection import FaultAction, FaultPoint, FaultSpec, read_record, write_record
 from outlast.checkpointing.run_store.catalog import build_catalog
-from outlast.checkpointing.run_store.events import ResumeEvent, StepEvent, parse_event
+from outlast.checkpointing.run_store.events import RegroupedEvent, ResumeEvent, StepEvent, parse_event
 from outlast.checkpointing.run_store.store import RunStore
 from outlast.checkpointing.storage.base import read_bytes, walk
 from outlast.checkpointing.storage.local import LocalStorage
@@ -57,6 +57,7 @@ STEPS_MIN = 8
 class FaultKind(Enum):
     """A fault to inject, with its description."""
 
+    IN_PLACE = "in-place", "a worker killed; the others go on in memory"  #: as in `KILL`; the others restart
     KILL = "kill", "a worker killed in a step"  #: by SIGKILL, between a step's gradients and its weights
     KILL_IN_SAVE = "kill-in-save", "a worker killed while writing a checkpoint"
     ERROR = "error", "an exception in a worker"
@@ -104,6 +105,7 @@ class DrillResult:
     kind: str  #: the fault
     fault: Mapping[str, Any] | None = None  #: the fault's record; None if it never occurred
     resumed_from: int | None = None  #: the step of the checkpoint it resumed from
+    in_memory_from: int | None = None  #: the step after which it went on in memory
     redone: int = 0  #: steps that were repeated
     seconds: float | None = None  #: from the fault to the end of the first new step
     seconds_per_step: float | None = None  #: the median of the undisturbed copy
@@ -114,7 +116,8 @@ class DrillResult:
 
     @property
     def is_good(self) -> bool:
-        return bool(self.fault and self.resumed_from) and not self.different and not self.error
+        is_tried = self.in_memory_from if self.kind == FaultKind.IN_PLACE.value else self.resumed_from
+        return bool(self.fault and is_tried) and not self.different and not self.error
 
     def __str__(self) -> str:
         if self.error:
@@ -126,6 +129,11 @@ class DrillResult:
             return f"[bold red]DIFFERENT[/]: {counts}; first {escape(safe_line(str(self.first or self.different[0])))}"
         if self.fault is None:
             return "[bold red]the fault never occurred[/]"
+        if self.kind == FaultKind.IN_PLACE.value:
+            if self.in_memory_from is None:
+                return f"[bold red]restarted from step {self.resumed_from}[/] instead: see the run's events"
+            ended = f"went on from step {self.in_memory_from}, {counted(self.redone, 'step')} repeated, "
+            return ended + f"next new step after {self.seconds:.1f} s: [green]the same bits[/]"
         if not self.resumed_from:
             return "[bold red]no checkpoint was committed before the fault[/], so no resume was tried: add --steps"
         ended = f"resumed from step {self.resumed_from}, {counted(self.redone, 'step')} repeated, "
@@ -150,7 +158,7 @@ def inject(copy: RunCopy, kind: FaultKind, tell: Any = lambda event: None, rank:
     faults = []
     if copy.pause_at is not None:
         faults.append(FaultSpec(FaultPoint.STEP, copy.pause_at, rank, FaultAction.PAUSE, f"{copy.record}.saved"))
-    if kind in (FaultKind.KILL, FaultKind.KILL_IN_SAVE, FaultKind.ERROR):
+    if kind in (FaultKind.IN_PLACE, FaultKind.KILL, FaultKind.KILL_IN_SAVE, FaultKind.ERROR):
         point = FaultPoint.WHILE_WRITING if kind is FaultKind.KILL_IN_SAVE else FaultPoint.STEP
         action = FaultAction.EXCEPTION if kind is FaultKind.ERROR else FaultAction.SIGKILL
         copy.launch([*faults, FaultSpec(point, copy.at, rank, action, copy.record)], tell)
@@ -203,9 +211,11 @@ def compare_with_reference(copy: RunCopy, kind: FaultKind, undisturbed: FinalSta
     steps = sorted((event.ended_at or event.t, event.step) for event in events_of(copy.store, StepEvent))
     resumes = [event.step for event in events_of(copy.store, ResumeEvent)]
     if fault is not None:
+        finding.in_memory_from = next((event.step for event in events_of(copy.store, RegroupedEvent)), None)
         finding.resumed_from = resumes[0] if resumes else 0
         reached = max((step for ended_at, step in steps if ended_at <= fault["t"]), default=0)
-        finding.redone = max(0, reached - finding.resumed_from)
+        begins_at = finding.resumed_from if finding.in_memory_from is None else finding.in_memory_from
+        finding.redone = max(0, reached - begins_at)
         new = [ended_at for ended_at, step in steps if ended_at > fault["t"] and step > reached]
         finding.seconds = round(min(new) - fault["t"], 2) if new else None
     finding.different = differences(final_state(copy.store), undisturbed)
@@ -228,23 +238,33 @@ def run_drill(
     run_file: Path,
     overrides: Sequence[str] = (),
     *,
-    kinds: Sequence[FaultKind] = tuple(FaultKind),
+    kinds: Sequence[FaultKind] | None = None,
     num_steps: int = 12,
     address: str | None = None,
     keep: bool = False,
 ) -> list[DrillResult]:
-    """Drill a run, each fault in a copy of its own, and print a table. The copies are kept after a failure."""
+    """Drill a run, each fault in a copy of its own, and print a table. The copies are kept after a failure.
+
+    Without `kinds` it is every fault that the run's settings allow.
+    """
     if num_steps < STEPS_MIN:
         raise ConfigError(f"{num_steps} steps are too few for a drill", hint=f"give --steps {STEPS_MIN} or more")
     console = make_console(stderr=True)
     stamp = f"{time.strftime('%m%dT%H%M%S', time.gmtime())}-{secrets.token_hex(2)}"
     copies: list[RunCopy] = []
-    every, name = num_steps // 4, load_run(str(run_file), overrides)[0].name
+    every, original = num_steps // 4, load_run(str(run_file), overrides)[0]
+    name, in_place = original.name, original.goes_on_in_place
+    if kinds and FaultKind.IN_PLACE in kinds and not in_place:
+        raise ConfigError(
+            "this run does not go on in memory when a worker is lost", hint="see failure.in_place, or omit this fault"
+        )
+    kinds = kinds or [kind for kind in FaultKind if in_place or kind is not FaultKind.IN_PLACE]
 
     def make_copy(suffix: str, at: int = 0) -> RunCopy:
+        restarts = ["failure.in_place=false", "scale.spares=0"] if suffix != FaultKind.IN_PLACE.value else []
         suffix = f"{stamp}-{suffix}"
         scaled_down = [f"name={name[: 62 - len(suffix)]}-{suffix}", f"train.steps={num_steps}", "train.epochs=null"]
-        config, declared = load_run(str(run_file), [*overrides, *scaled_down, f"checkpoint.every={every}"])
+        config, declared = load_run(str(run_file), [*overrides, *scaled_down, *restarts, f"checkpoint.every={every}"])
         folder = run_file.parent
         copies.append(RunCopy(config.at_home(folder), declared, at, str(folder.absolute()), address, every + 1))
         return copies[-1]

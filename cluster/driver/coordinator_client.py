@@ -29,12 +29,17 @@ _AGREEMENT_S = 5.0
 class CoordinatorClient:
     """A worker's connection to the coordinator: the `Control` of its step loop. On rank 0 a thread keeps it alive.
 
+    Args:
+        launch: The launch.
+        rank: This worker's rank; `begin` changes it.
+        size: Number of ranks.
+
     Attributes:
         attempt: Name of the attempt, once it is claimed.
         listener: Called with each event on rank 0, in that thread.
     """
 
-    def __init__(self, launch: str, rank: int, size: int) -> None:
+    def __init__(self, launch: str, rank: int = 0, size: int = 1) -> None:
         self._rank, self._size = rank, size
         self.step_progress = RankActivity()
         self._stop = False
@@ -49,9 +54,13 @@ class CoordinatorClient:
         self.coordinator = find_coordinator(launch)
 
     def __enter__(self) -> CoordinatorClient:
-        if self._rank == 0 and self.coordinator.actor is not None:
-            self._thread.start()
         return self
+
+    def begin(self, rank: int, size: int) -> None:
+        """Be rank `rank` of `size` from now on."""
+        self._rank, self._size = rank, size
+        if rank == 0 and self.coordinator.actor is not None and self._thread.ident is None:
+            self._thread.start()
 
     def __exit__(self, *_: object) -> None:
         self._closing.set()
@@ -59,6 +68,11 @@ class CoordinatorClient:
             self._thread.join(CALL_TIMEOUT_S)
 
     def stop_requested(self) -> bool:
+        return self._stop
+
+    def asks_to_stop(self) -> bool:
+        """Ask the coordinator whether to stop, on any rank."""
+        self._stop = bool(self.coordinator.exchange([])) or self._stop
         return self._stop
 
     def save_requested(self) -> str | None:

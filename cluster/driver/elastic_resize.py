@@ -48,7 +48,7 @@ def scaling(scale: ScaleSettings, resources: Mapping[str, float]) -> ray.train.S
     if scale.is_elastic:
         os.environ.setdefault(WORKER_GROUP_START_TIMEOUT_S_ENV_VAR, str(START_TIMEOUT_S))
     return ray.train.ScalingConfig(
-        num_workers=scale.workers,
+        num_workers=scale.workers if scale.is_elastic else scale.max_workers + scale.spares,
         use_gpu=scale.gpus_per_worker > 0,
         resources_per_worker=dict(resources),
         elastic_resize_monitor_interval_s=scale.resize_every.amount,

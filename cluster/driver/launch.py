@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, Protocol, TextIO
 
 import yaml
 from torch import nn
@@ -24,7 +24,7 @@ from outlast.checkpointing.run_store import events
 from outlast.checkpointing.run_store.attempt_history import read_attempt_history, settings_digest
 from outlast.checkpointing.run_store.catalog import build_catalog, check_unread
 from outlast.checkpointing.run_store.claims import launch_is_superseded
-from outlast.checkpointing.run_store.liveness import LivenessFile, find_active_launch
+from outlast.checkpointing.run_store.liveness import LivenessFile, end_for, find_active_launch
 from outlast.checkpointing.run_store.store import RunStore
 from outlast.checkpointing.storage.local import LocalStorage
 from outlast.checkpointing.storage.round_trip import check_round_trip
@@ -33,8 +33,8 @@ from outlast.cluster.config.run_config import RunConfig
 from outlast.cluster.driver.provenance import record_provenance
 from outlast.cluster.driver.ray_data_encode import encode_on_ray
 from outlast.cluster.driver.ray_session import ray_session
-from outlast.cluster.driver.ray_train import cpus_per_worker, run_workers
-from outlast.cluster.driver.signals import INTERRUPTIONS, handle_signals
+from outlast.cluster.driver.ray_train import Stops, cpus_per_worker, run_workers
+from outlast.cluster.driver.signals import INTERRUPTIONS, exit_when_interrupted, handle_signals, stop_event
 from outlast.cluster.fault_tolerance.failure_callback import gave_up
 from outlast.cluster.fault_tolerance.failure_cause import RunFailed
 from outlast.cluster.fault_tolerance.restart_policy import decide_give_up
@@ -72,6 +72,18 @@ class Finished:
     model: str | None = None
 
 
+class WorkersHost(Protocol):
+    """What runs a launch's workers in the driver's place, so that they outlive it."""
+
+    def train(
+        self, config: RunConfig, assignment: Assignment, cpus: float, listener: EventListener, liveness: LivenessFile
+    ) -> Finished:
+        """Run the workers to the launch's end, and keep its liveness file. Raises as `run_workers`."""
+
+    def kill(self) -> None:
+        """End the workers at once."""
+
+
 @dataclass(slots=True)
 class Launch:
     """One launch of one run.
@@ -84,6 +96,7 @@ class Launch:
         faults: Faults to arm in the workers.
         tell: Called with every event, in the driver's main thread.
         stdout: Standard output of `tell`.
+        host: Makes what runs the workers, given the settings and the launch; used on an existing cluster.
         began: Start time, seconds since the epoch.
         id: Name of the launch.
     """
@@ -97,27 +110,18 @@ class Launch:
     stdout: TextIO = field(default_factory=lambda: sys.stdout)
     began: float = field(default_factory=time.time, init=False)
     id: str = field(default_factory=lambda: time.strftime("%Y%m%d-%H%M%S-", time.gmtime()) + secrets.token_hex(3))
+    host: Callable[[RunConfig, str], contextlib.AbstractContextManager[WorkersHost]] | None = None
     _liveness: LivenessFile | None = field(default=None, init=False)
+    _host: WorkersHost | None = field(default=None, init=False)
 
     def _publish(self, event: events.Event) -> None:
         self._publish_body(event.to_json())
 
     def _publish_body(self, body: dict[str, Any]) -> None:
-        self._note_progress(body)
+        if self._liveness is not None:
+            self._liveness.apply(body)
         with contextlib.redirect_stdout(self.stdout):  # `ray_session` redirects it to /dev/null
             self.tell({"t": time.time(), "launch": self.id, **body})
-
-    def _note_progress(self, body: dict[str, Any]) -> None:
-        """Keep the newest attempt's plan and last step for the liveness file."""
-        event, attempt = events.parse_event(body), body.get("sender")
-        if self._liveness is None or not isinstance(attempt, str):
-            return
-        known = self._liveness.progress
-        known = known if known.get("attempt") == attempt else {"attempt": attempt, "step": 0}
-        if isinstance(event, events.PlanEvent):
-            self._liveness.progress = {**known, "num_steps": event.num_steps}
-        elif isinstance(event, events.StepEvent):
-            self._liveness.progress = {**known, "step": event.step, "ended_at": event.ended_at}
 
     @property
     def store(self) -> RunStore:
@@ -128,27 +132,22 @@ class Launch:
         try:
             return self._run(address)
         except INTERRUPTIONS:
-            raise Interrupted(f"interrupted; {self._saved()[1]}", hint="run the same command again") from None
+            raise Interrupted(
+                f"interrupted; {exit_when_interrupted(self.store)[1]}", hint="run the same command again"
+            ) from None
 
     def quit(self) -> tuple[int, str]:
         """Record that the driver's process is about to exit without an orderly end; callable from any thread.
 
         Returns the exit code, and what is saved.
         """
-        exit_code, saved = self._saved()
+        if self._host is not None:
+            self._host.kill()
+        exit_code, saved = exit_when_interrupted(self.store)
         if self._liveness is not None:
             self._liveness.end(exit_code)
+            end_for(self.store, self.id, exit_code, "")
         return exit_code, saved
-
-    def _saved(self) -> tuple[int, str]:
-        """Return the exit code of an interrupted launch, and what of the run is saved."""
-        try:
-            accepted = build_catalog(self.store.fresh()).accepted
-        except OutlastError:
-            return Interrupted.exit_code, "the storage does not tell what is saved"
-        if not accepted:
-            return Interrupted.exit_code, "nothing is saved"
-        return Outcome.STOPPED.exit_code, f"the newest checkpoint is of step {accepted[0].ref.step}"
 
     def _run(self, address: str | None) -> Finished:
         store, name = self.store, self.config.name
@@ -191,24 +190,10 @@ class Launch:
             path = f"{store.launch_dir(self.id)}/alive.json"
             liveness = self._liveness = LivenessFile(store.storage, path, digest, self.began)
             record = record_provenance(store, self.config, self.declared, self.id, prepared, self.code)
-        exit_code: int | None = None
-        message = ""
+        train = partial(self._train, prepared, address, liveness, static_graph=static_graph)
         try:
-            finished = self._train(store, prepared, address, static_graph=static_graph)
-            exit_code = finished.outcome.exit_code
-            return finished
-        except INTERRUPTIONS:
-            if not build_catalog(store.fresh()).accepted:
-                exit_code = Interrupted.exit_code
-                raise
-            exit_code = Outcome.STOPPED.exit_code
-            return Finished(Outcome.STOPPED, self.id)
-        except OutlastError as error:
-            exit_code, message = error.exit_code, error.message
-            raise
+            return record_end(store, self.id, liveness, train)
         finally:
-            with handle_signals(signal.SIG_IGN):  # an interruption here would lose the exit code
-                liveness.end(exit_code, message)
             record.join(RECORD_S)
 
     @contextlib.contextmanager
@@ -236,10 +221,15 @@ class Launch:
             self._publish(events.NoteEvent(text=note))
         return found.static_graph
 
-    def _train(self, store: RunStore, prepared: Prepared, address: str | None, *, static_graph: bool) -> Finished:
+    def _train(
+        self, prepared: Prepared, address: str | None, liveness: LivenessFile, *, static_graph: bool
+    ) -> Finished:
         plan = make_plan(self.config, prepared.num_samples, self.config.scale.max_workers)
         self._publish(events.PhaseEvent(name="ray", num_steps=plan.num_steps, num_samples=prepared.num_samples))
-        with ray_session(address) as is_joined:
+        with contextlib.ExitStack() as stack:
+            is_joined = stack.enter_context(ray_session(address))
+            if is_joined and self.host is not None and self.config.failure.survive_driver:
+                self._host = stack.enter_context(self.host(self.config, self.id))
             cpus = cpus_per_worker(self.config.scale, is_joined=is_joined)
             preflight(self.config, self._publish)
             assignment = Assignment(
@@ -253,25 +243,58 @@ class Launch:
                 faults=tuple(self.faults),
                 track=self.config.track,
             )
-            try:
-                result = run_workers(self.config, assignment, cpus, self._publish_body)
-            except RunFailed:
-                if self._is_superseded(store):  # then the result of its own workers does not count
-                    return Finished(Outcome.SUPERSEDED, self.id)
-                raise
-        if isinstance(result.get("error"), OutlastError):
-            raise result["error"]
-        outcome = Outcome(result["outcome"])
-        final = find_model(store.fresh()) if outcome is Outcome.DONE else None
-        model = _link_model(store, final.path) if final else None
-        if outcome is Outcome.STOPPED and self._is_superseded(store):
-            outcome = Outcome.SUPERSEDED
-        return Finished(outcome, self.id, model)
+            if self._host is not None:
+                return self._host.train(self.config, assignment, cpus, self._publish_body, liveness)
+            return train_to_end(self.config, assignment, cpus, self._publish_body)
 
-    def _is_superseded(self, store: RunStore) -> bool:
-        with contextlib.suppress(StorageError):
-            return launch_is_superseded(store, self.id)
-        return False
+
+def train_to_end(
+    config: RunConfig, assignment: Assignment, cpus: float, listener: EventListener, stops: Stops = stop_event
+) -> Finished:
+    """Run the workers in this process to the launch's end. Arguments and errors are those of `run_workers`."""
+    store, launch = config.store, assignment.launch
+    try:
+        result = run_workers(config, assignment, cpus, listener, stops)
+    except RunFailed:
+        if _is_superseded(store, launch):  # then the result of its own workers does not count
+            return Finished(Outcome.SUPERSEDED, launch)
+        raise
+    if isinstance(result.get("error"), OutlastError):
+        raise result["error"]
+    outcome = Outcome(result["outcome"])
+    final = find_model(store.fresh()) if outcome is Outcome.DONE else None
+    model = _link_model(store, final.path) if final else None
+    if outcome is Outcome.STOPPED and _is_superseded(store, launch):
+        outcome = Outcome.SUPERSEDED
+    return Finished(outcome, launch, model)
+
+
+def record_end(store: RunStore, launch: str, liveness: LivenessFile, train: Callable[[], Finished]) -> Finished:
+    """Run `train`, and record in the liveness file how it ends."""
+    exit_code: int | None = None
+    message = ""
+    try:
+        finished = train()
+        exit_code = finished.outcome.exit_code
+        return finished
+    except INTERRUPTIONS:
+        if not build_catalog(store.fresh()).accepted:
+            exit_code = Interrupted.exit_code
+            raise
+        exit_code = Outcome.STOPPED.exit_code
+        return Finished(Outcome.STOPPED, launch)
+    except OutlastError as error:
+        exit_code, message = error.exit_code, error.message
+        raise
+    finally:
+        with handle_signals(signal.SIG_IGN):  # an interruption here would lose the exit code
+            liveness.end(exit_code, message)
+
+
+def _is_superseded(store: RunStore, launch: str) -> bool:
+    with contextlib.suppress(StorageError):
+        return launch_is_superseded(store, launch)
+    return False
 
 
 @contextlib.contextmanager

@@ -5,7 +5,7 @@ They are for charts and alerts; training must never depend on them. The loss of 
 
 import time
 
-from ray.util.metrics import Gauge
+from ray.util.metrics import Counter, Gauge
 
 from outlast.checkpointing.format.layout import AttemptId
 from outlast.checkpointing.run_store import events
@@ -26,12 +26,16 @@ GAUGES = {
     "outlast_save_wait_seconds": "Of which training waited",
 }
 
+REGROUPINGS = "outlast_regroupings"
+COUNTERS = {REGROUPINGS: "Losses after which training went on in memory; each process that becomes rank 0 begins at 0"}
+
 
 class PrometheusGauges:
-    """The gauges of one run."""
+    """The gauges and counters of one run."""
 
     def __init__(self, run: str) -> None:
         self._gauges = {name: Gauge(name, text, tag_keys=("run",)) for name, text in GAUGES.items()}
+        self._counters = {name: Counter(name, text, tag_keys=("run",)) for name, text in COUNTERS.items()}
         self._tags = {"run": run}
 
     def apply(self, event: events.Event, attempt: str | None) -> None:
@@ -47,6 +51,8 @@ class PrometheusGauges:
                 values["tokens_per_second"] = event.num_tokens / event.seconds if event.seconds > 0 else None
             case events.EvalEvent(scores=scores):
                 values = {"eval_loss": scores.get("eval_loss")}
+            case events.RegroupedEvent():
+                self._counters[REGROUPINGS].inc(tags=self._tags)
             case events.ResumeEvent():
                 values = {"checkpoint_step": event.step, "checkpoint_time_seconds": event.committed_at}
             case events.CommitEvent():

@@ -14,8 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import ray
-import ray.train
-import ray.train.torch
 from ray.exceptions import AuthenticationError
 
 from outlast.checkpointing.errors import ConfigError, PreflightError
@@ -24,7 +22,6 @@ from outlast.checkpointing.storage.regular_files import read_small_file
 from outlast.checkpointing.storage.retry import call_with_retries, constant_pauses
 from outlast.cluster.driver.embedded_ray import embedded_ray_environment
 from outlast.cluster.driver.signals import interrupt_on_sigterm, stop_event
-from outlast.cluster.fault_tolerance.failure_cause import OWN_RAY
 from outlast.cluster.preflight.finding import TOKEN_HINT
 
 OBJECT_STORE_BYTES = 200 * 2**20
@@ -45,10 +42,10 @@ def ray_session(address: str | None = None) -> Iterator[bool]:
     from this machine only, with a random token. It has a folder of its own, which is removed with it; the next one
     removes the folders of drivers that were killed.
     """
-    if ray.is_initialized():
-        yield False
-        return
     address = address or os.environ.get("RAY_ADDRESS")
+    if ray.is_initialized():
+        yield bool(address)
+        return
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR", "configure_logging": True}
     with contextlib.ExitStack() as stack:
         folder = "."
@@ -136,6 +133,10 @@ def _ray_folder() -> str:
 
     Raises PreflightError if Ray cannot work in that directory.
     """
+    from outlast.cluster.fault_tolerance.failure_cause import (
+        OWN_RAY,
+    )  # it imports torch, which joining a cluster need not
+
     variable = "RAY_TMPDIR" if os.environ.get("RAY_TMPDIR") else "TMPDIR"
     root = Path(os.environ.get("RAY_TMPDIR") or tempfile.gettempdir()).absolute()
     longest = _SOCKET_BYTES - len(

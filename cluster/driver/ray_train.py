@@ -21,6 +21,7 @@ from outlast.checkpointing.run_store.events import PlanEvent, StoppingEvent, par
 from outlast.checkpointing.storage.retry import call_with_retries, constant_pauses
 from outlast.cluster.config.run_config import RunConfig, ScaleSettings
 from outlast.cluster.driver.elastic_resize import Resizer, scaling
+from outlast.cluster.driver.in_place.worker_group import InPlaceController, InPlaceGroup
 from outlast.cluster.driver.loopback_group import TorchGroup
 from outlast.cluster.driver.signals import stop_event
 from outlast.cluster.driver.warm_standby import worker_environment
@@ -29,20 +30,38 @@ from outlast.cluster.fault_tolerance.coordinator import CoordinatorHandle, start
 from outlast.cluster.fault_tolerance.failure_callback import FailureRecorder
 from outlast.cluster.fault_tolerance.failure_cause import RunFailed
 from outlast.cluster.formatting import counted
-from outlast.cluster.ray_internals import HEALTH_CHECK_INTERVAL_S_ENV_VAR, DatasetsCallback
+from outlast.cluster.ray_internals import (
+    HEALTH_CHECK_INTERVAL_S_ENV_VAR,
+    NODE_LABEL,
+    DatasetsCallback,
+    get_env_vars_to_propagate,
+)
 from outlast.trainers.attempt import Assignment
+from outlast.trainers.config.train import Exactness
 
 NODES_WAIT_S = 60.0
 #: Set where nodes start only on request, as with the autoscaler of a rendered RayJob: how many seconds to wait.
 WAIT_VARIABLE = "OUTLAST_WAIT_FOR_NODES_S"
+#: Makes the event that a stop request sets.
+Stops = Callable[[], contextlib.AbstractContextManager[threading.Event]]
 POLL_S = 0.5  # Ray Train polls its workers every 2 s by default; with more than 64 of them, less often
 
 
 class Trainer(ray.train.torch.TorchTrainer):  # type: ignore[misc]
-    """TorchTrainer without `DatasetsCallback`, which starts an actor for each attempt: outlast passes no datasets."""
+    """TorchTrainer with our controller, without `DatasetsCallback`, which starts an actor for each attempt in vain."""
 
     def _create_default_callbacks(self) -> list[Any]:
         return [each for each in super()._create_default_callbacks() if not isinstance(each, DatasetsCallback)]
+
+    def _initialize_and_run_controller(self, **settings: Any) -> Any:
+        """Run Ray Train's controller, or the one of a group that goes on in memory, to its end on this node."""
+        if not isinstance(self.backend_config, InPlaceGroup):
+            return super()._initialize_and_run_controller(**settings)
+        here, environment = {NODE_LABEL: ray.get_runtime_context().get_node_id()}, get_env_vars_to_propagate()
+        make = ray.remote(num_cpus=0, label_selector=here, runtime_env={"env_vars": environment})(InPlaceController)
+        controller = make.remote(**settings)
+        ray.get(controller.run.remote())
+        return ray.get(controller.get_result.remote())
 
 
 def cpus_per_worker(scale: ScaleSettings, *, is_joined: bool) -> float:
@@ -58,7 +77,8 @@ def cpus_per_worker(scale: ScaleSettings, *, is_joined: bool) -> float:
     limit_s = float(limit or NODES_WAIT_S) if is_joined else 0.0
     if limit:
         bundle = {"CPU": scale.cpus_per_worker or 1.0, "GPU": scale.gpus_per_worker}
-        request_resources(bundles=[{key: need for key, need in bundle.items() if need}] * scale.min_workers)
+        least = scale.min_workers + scale.spares
+        request_resources(bundles=[{key: need for key, need in bundle.items() if need}] * least)
     return call_with_retries(
         lambda: _fit_in(scale, ray.cluster_resources(), is_joined),
         constant_pauses(1.0, limit_s),
@@ -71,9 +91,9 @@ def _fit_in(scale: ScaleSettings, available: Mapping[str, float], is_joined: boo
     if cpus is None and is_joined:
         cpus = 1.0
     elif cpus is None:
-        fitting = available.get("CPU", 1.0) / scale.max_workers
+        fitting = available.get("CPU", 1.0) / (scale.max_workers + scale.spares)
         cpus = min(fitting, 1.0) if fitting < 1 else float(int(fitting))
-    least = scale.min_workers
+    least = scale.min_workers + scale.spares
     required = {"CPU": cpus * least, "GPU": scale.gpus_per_worker * least}
     short = [
         f"{need:g} {key}s needed, the cluster has {available.get(key, 0):g}"
@@ -82,16 +102,22 @@ def _fit_in(scale: ScaleSettings, available: Mapping[str, float], is_joined: boo
     ]
     if short:
         raise PreflightError(
-            f"no room for {counted(least, 'worker')} ({'; '.join(short)})",
+            f"no room for {counted(least, 'worker')}{', spares included' if scale.spares else ''} ({'; '.join(short)})",
             hint="use fewer scale.workers, or smaller scale.cpus_per_worker or scale.gpus_per_worker",
         )
     return cpus
 
 
 def run_workers(
-    config: RunConfig, assignment: Assignment, cpus: float, listener: Callable[[dict[str, Any]], None]
+    config: RunConfig,
+    assignment: Assignment,
+    cpus: float,
+    listener: Callable[[dict[str, Any]], None],
+    stops: Stops = stop_event,
 ) -> dict[str, Any]:
     """Run the worker group to its end, restarts included. Returns the result of `train_worker`.
+
+    `stops` gives the event of a stop request; the default is the first SIGINT or SIGTERM.
 
     Raises:
         OutlastError: The run is given up, or the group ended without a result.
@@ -108,7 +134,7 @@ def run_workers(
             end["failure"] = error
 
     # In a side thread, because Ray Train handles SIGINT itself in the main one.
-    _follow(threading.Thread(target=fit, daemon=True), coordinator, listener)
+    _follow(threading.Thread(target=fit, daemon=True), coordinator, listener, stops)
     with contextlib.suppress(ray.exceptions.RayError):
         ray.kill(coordinator)
     if "failure" in end:
@@ -126,10 +152,16 @@ def _make_trainer(config: RunConfig, assignment: Assignment, cpus: float) -> Tra
     location, digest = (store.storage.url, config.name, launch), settings_digest(assignment.declared)
     recorder = FailureRecorder(*location, config.failure.limits, digest)
     resizers = [Resizer(*location)] if scale.is_elastic else []
+    backend = "nccl" if scale.gpus_per_worker else "gloo"
+    group = TorchGroup(backend=backend)
+    if config.goes_on_in_place:
+        limits = {"min_workers": scale.min_workers, "max_workers": scale.max_workers}
+        is_elastic = config.exactness is Exactness.ELASTIC
+        group = InPlaceGroup(backend=backend, num_spares=scale.spares, is_elastic=is_elastic, **limits)
     return Trainer(
         train_worker,
         train_loop_config={"assignment": assignment, "hang_after_s": config.failure.hang_after_s},
-        torch_config=TorchGroup(backend="nccl" if scale.gpus_per_worker else "gloo"),
+        torch_config=group,
         scaling_config=scaling(scale, resources),
         run_config=ray.train.RunConfig(
             name=launch,
@@ -141,9 +173,11 @@ def _make_trainer(config: RunConfig, assignment: Assignment, cpus: float) -> Tra
     )
 
 
-def _follow(thread: threading.Thread, coordinator: Any, listener: Callable[[dict[str, Any]], None]) -> None:
+def _follow(
+    thread: threading.Thread, coordinator: Any, listener: Callable[[dict[str, Any]], None], stops: Stops
+) -> None:
     """Start the thread that runs the workers. Until it ends, forward their events, and a stop request to them."""
-    with stop_event() as stopping:
+    with stops() as stopping:
         thread.start()
         is_stopping = has_begun = False
         while thread.is_alive():

@@ -12,12 +12,31 @@ import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from outlast.checkpointing.errors import OutlastError
+from outlast.checkpointing.run_store.catalog import build_catalog
+from outlast.checkpointing.run_store.store import RunStore
+
 #: What SIGINT and SIGTERM raise in the main thread; Ray's own handler, set while it starts, raises the second.
 INTERRUPTIONS = (KeyboardInterrupt, SystemExit)
 
 
 #: How long the end of the process waits for the answer to a signal.
 _ANSWER_S = 1.0
+
+
+#: Exit codes of a launch that was interrupted with a checkpoint, and without one.
+_STOPPED, _INTERRUPTED = 75, 130
+
+
+def exit_when_interrupted(store: RunStore) -> tuple[int, str]:
+    """Return the exit code of an interrupted launch, and what of the run is saved."""
+    try:
+        accepted = build_catalog(store.fresh()).accepted
+    except OutlastError:
+        return _INTERRUPTED, "the storage does not tell what is saved"
+    if not accepted:
+        return _INTERRUPTED, "nothing is saved"
+    return _STOPPED, f"the newest checkpoint is of step {accepted[0].ref.step}"
 
 
 def interrupt_on_sigterm() -> None:

@@ -19,7 +19,7 @@ from outlast.checkpointing.format.layout import AttemptId, launch_dir
 from outlast.checkpointing.redaction import redact
 from outlast.checkpointing.run_store.attempt_history import read_attempt_history
 from outlast.checkpointing.run_store.claims import list_attempts, read_claim
-from outlast.checkpointing.run_store.events import Event, GroupFailureEvent, NoRoomEvent
+from outlast.checkpointing.run_store.events import Event, GroupFailureEvent, NoRoomEvent, NoteEvent
 from outlast.checkpointing.run_store.journal import Journal
 from outlast.checkpointing.run_store.store import RunStore
 from outlast.checkpointing.storage.factory import open_storage
@@ -135,8 +135,35 @@ class FailureRecorder(WorkerGroupCallback):
         arguments = (self._errors, workers, str(attempt or "unclaimed"), time.time())
         threading.Thread(target=self._find_cause, args=arguments).start()
 
+    def worker_lost(self, process: Any, error: BaseException) -> None:
+        """Start the search for the cause of the loss of one worker, while the others go on in memory.
+
+        `process` is Ray Train's description of the worker: node, process, host.
+        """
+        threading.Thread(target=self._explain_loss, args=(process, error, time.time())).start()
+
+    def _explain_loss(self, process: Any, error: BaseException, noticed_at: float) -> None:
+        store = RunStore(open_storage(self._location[0]), self._location[1])
+        with suppress(StorageError):
+            for attempt in reversed(list_attempts(store)):
+                claim = read_claim(store, attempt)
+                if claim.get("launch") != self._location[2]:
+                    break
+                for worker in claim.get("workers", []):
+                    if (worker["node"], worker["pid"]) == (process.node_id, process.pid):
+                        self._find_cause({worker["rank"]: error}, [worker], str(attempt), noticed_at, in_place=True)
+                        return
+        text = f"a worker process that trained no rank was lost: {process.pid} on {process.hostname}"
+        find_coordinator(self._location[2]).exchange([NoteEvent(text=text).to_json()])
+
     def _find_cause(
-        self, errors: dict[int, BaseException], workers: list[dict[str, Any]], attempt: str, noticed_at: float
+        self,
+        errors: dict[int, BaseException],
+        workers: list[dict[str, Any]],
+        attempt: str,
+        noticed_at: float,
+        *,
+        in_place: bool = False,
     ) -> None:
         coordinator = find_coordinator(self._location[2])
         hung: Hang | None = coordinator.take_hang()
@@ -168,12 +195,14 @@ class FailureRecorder(WorkerGroupCallback):
             where=failure.where(workers, log, others),
             raised=failure.message if failure.cause is Cause.ERROR and "after step" in failure.message else None,
             reached=coordinator.reached(attempt),
+            in_place=in_place or None,
         )
         number, limit, ends = -1, -1, False
         with suppress(StorageError):  # the timeline has a gap, and the next failure is checked again
             wait_until_responsive(open_storage(self._location[0]), self._location[1])
             self._write(event)
-            number, limit, ends = self._check_limits(failure, coordinator)
+            if not in_place:
+                number, limit, ends = self._check_limits(failure, coordinator)
         live = replace(event, number=number, limit=limit, ends=ends, excerpt=failure.excerpt)
         coordinator.exchange([live.to_json()])
 

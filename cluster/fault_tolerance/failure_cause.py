@@ -54,6 +54,14 @@ class RankError(Exception):
         return cls(describe_error(error) + notes, "".join(frames).rstrip(), "".join(traceback.format_exception(error)))
 
 
+class AnnouncedLoss(Exception):
+    """A worker that was moved away from a node which is about to be lost."""
+
+
+class SilentWorker(Exception):
+    """A worker's process that exists and does not answer: stopped, or cut off from the network."""
+
+
 #: Name prefix of an embedded Ray's folder, which is removed with its driver.
 OWN_RAY = "outlast-ray-"
 #: Frames of the user's code that are shown.
@@ -162,6 +170,9 @@ def classify(errors: Mapping[int, BaseException], deaths: Sequence[Death], *, dr
         if isinstance(error, RayActorError):
             drained = drained or bool(getattr(error, "preempted", False))
             failures.append(Failure(_cause_of_death(message, drained), rank, _plain_death(message)))
+        elif isinstance(error, SilentWorker | AnnouncedLoss):
+            cause = Cause.HANG if isinstance(error, SilentWorker) else Cause.PREEMPTED
+            failures.append(Failure(cause, rank, message))
         elif not is_secondary_error(message):
             excerpt = error.excerpt if isinstance(error, RankError) else ""
             failures.append(Failure(_cause_of_error(message), rank, message.splitlines()[-1], excerpt=excerpt))

@@ -58,6 +58,7 @@ class Watchdog:
     directory: Callable[[], str]  #: returns the journal's directory; called when it is needed
     listener: Callable[[dict[str, Any]], None]  #: called with the event of slow ranks (rank 0)
     period_s: float = PERIOD_S
+    in_place: bool = False  #: only the ranks end that the others wait for, who then go on without them
     _journal: Journal | None = None
     _slow: set[int] = field(default_factory=set)
     _num_seen: int = 0
@@ -106,6 +107,10 @@ class Watchdog:
                 continue
             hang, slow = answer
             if hang is not None and self.hang_after_s is not None:
+                if self.in_place and self.rank not in hang.ranks:
+                    self._report(hang)
+                    faulthandler.cancel_dump_traceback_later()
+                    return
                 self._give_up(hang)
             if self.rank == 0:
                 self._record_slow(slow)
@@ -135,15 +140,19 @@ class Watchdog:
     def _give_up(self, hang: Hang) -> None:
         """Write the stacks, wait for the others to do so, and end the process."""
         faulthandler.dump_traceback_later(2 * LAST_REPORT_S, exit=True, file=2)  # the storage itself may hang
-        phase, step, _ = self.progress.now
-        with suppress(StorageError):  # the stacks are then in the worker's log alone
-            missed, threads = tuple(hang.ranks), stacks()
-            self._write(HangEvent(rank=self.rank, missing=missed, step=step, phase=phase.value, threads=threads))
+        self._report(hang)
         faulthandler.dump_traceback(2)
         deadline = time.monotonic() + LAST_REPORT_S
         while not self.coordinator.last_report(self.group, self.rank) and time.monotonic() < deadline:
             time.sleep(0.1)
         os._exit(EXIT_CODE)
+
+    def _report(self, hang: Hang) -> None:
+        """Write where this rank's threads are to the journal."""
+        phase, step, _ = self.progress.now
+        with suppress(StorageError):  # the stacks are then in the worker's log alone
+            missed, threads = tuple(hang.ranks), stacks()
+            self._write(HangEvent(rank=self.rank, missing=missed, step=step, phase=phase.value, threads=threads))
 
     def _record_slow(self, slow: list[SlowRank]) -> None:
         """Record a change of the slow ranks once it is confirmed by several heartbeats in a row."""

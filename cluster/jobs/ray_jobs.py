@@ -200,8 +200,8 @@ def _submit_as(
         )
 
 
-def run_command(client: JobServer, arguments: Sequence[str], declared: Mapping[str, Any] | None) -> str:
-    """Run a command of outlast on the cluster, as a job of no run, with this outlast. Return its log when it has ended.
+def run_command(client: JobServer, arguments: Sequence[str], declared: Mapping[str, Any] | None) -> tuple[str, int]:
+    """Run a command of outlast on the cluster, as a job of no run, with this outlast. Return its log and exit code.
 
     The command finds the `declared` settings of a run in `run.yaml`.
     """
@@ -213,8 +213,9 @@ def run_command(client: JobServer, arguments: Sequence[str], declared: Mapping[s
     while not client.get_job_status(job).is_terminal():
         time.sleep(_POLL_S)
     log: str = client.get_job_logs(job)
+    details = client.get_job_info(job)
     client.delete_job(job)
-    return log
+    return log, 0 if details.status == JobStatus.SUCCEEDED else max(1, details.driver_exit_code or 1)
 
 
 def resume_command(run: str, declared: Mapping[str, Any]) -> str:

@@ -24,6 +24,7 @@ from outlast.checkpointing.run_store.store import RunStore
 from outlast.checkpointing.tools.query import load_catalog
 from outlast.cluster.formatting import counted, duration
 from outlast.cluster.monitoring.live_panel import panel, plain_line
+from outlast.cluster.monitoring.regroupings import Regrouping, regroupings
 from outlast.cluster.monitoring.status import RunSnapshot, take_snapshot
 from outlast.cluster.monitoring.terminal_footer import LiveDisplay
 from outlast.cluster.monitoring.timeline import State, Timeline, TimelineReader
@@ -32,12 +33,18 @@ from outlast.cluster.output import make_console, safe_line, safe_lines
 PLAIN_PERIOD_S = 10.0
 WATCH_PERIOD_S = FLUSH_S / 2  # journals are written once in FLUSH_S
 LOST_TIMEOUT_S = 600.0  # a supervisor stops a job that is silent for 180 s, and waits up to 300 s before the next
-_PHASES = {"data": "preparing data", "dry_step": "trying the first step", "ray": "starting workers"}
+_PHASES = {
+    "data": "preparing data",
+    "dry_step": "trying the first step",
+    "ray": "starting workers",
+    "attached": "attached to the running launch",
+}
 #: What the driver does after an event; empty after the plan, when the run's state says it all.
 _ACTIVITIES = {
     events.GroupFailureEvent: "restarting",
     events.NoRoomEvent: "waiting for resources",
     events.StoppingEvent: "stopping",
+    events.RegroupedEvent: "regrouping",
     events.PlanEvent: "",
     events.StopEvent: "stopped",
 }
@@ -77,6 +84,7 @@ class ProgressReporter:
         self._printed_at = 0.0
         self._printed_step = -1
         self._excerpts: set[str] = set()
+        self._regrouped: set[str] = set()  # attempts whose regrouping is told
 
     def __enter__(self) -> ProgressReporter:
         if self._display is not None:
@@ -113,7 +121,7 @@ class ProgressReporter:
             self._update_timeline(event, body)
             if isinstance(event, events.PhaseEvent):
                 self._activity = _PHASES[event.name]
-            else:
+            elif not (isinstance(event, events.GroupFailureEvent) and self._is_survived(event)):
                 self._activity = _ACTIVITIES.get(type(event), self._activity)
         if isinstance(event, events.StepEvent):
             if self._display is not None or time.monotonic() - self._printed_at < PLAIN_PERIOD_S:
@@ -121,7 +129,7 @@ class ProgressReporter:
             self._printed_at = time.monotonic()
         if isinstance(event, events.StepEvent | events.DoneEvent):
             self._print_progress(is_end=isinstance(event, events.DoneEvent))
-        for line in self._describe(event):
+        for line in [*self._describe_regrouping(event, body), *self._describe(event)]:
             self.print_line(line)
         if isinstance(event, events.GroupFailureEvent) and event.excerpt and event.message not in self._excerpts:
             self._excerpts.add(event.message)
@@ -140,12 +148,12 @@ class ProgressReporter:
             if not self._launch:
                 self._launch = str(event.launch)
                 self._timeline.launch(self._launch).alive = {"began": event.t, "t": event.t, "ended": False}
-            if event.name == "ray" and self._store is not None and self._display is not None:
+            if event.name in ("ray", "attached") and self._store is not None and self._display is not None:
                 threading.Thread(target=self._load_history, args=(self._store,), daemon=True).start()
         elif attempt is not None:
             record = self._timeline.attempt(attempt)
             record.claim = record.claim or {"launch": self._launch}
-            record.apply(body)
+            self._timeline.apply_attempt_events(record, body)
         elif isinstance(event, events.GroupFailureEvent | events.ResizeEvent | events.NoRoomEvent):
             self._timeline.apply_launch_event(self._launch, body)
 
@@ -156,6 +164,25 @@ class ProgressReporter:
             with self._lock:
                 self._timeline.launches |= {key: item for key, item in past.launches.items() if key != self._launch}
                 self._timeline.attempts = past.attempts | self._timeline.attempts
+
+    def _is_survived(self, event: events.GroupFailureEvent) -> bool:
+        """Whether training goes on in memory after a loss."""
+        regrouped = {attempt.regrouped_from for attempt in list(self._timeline.attempts.values())}
+        return bool(event.in_place) or event.attempt in regrouped
+
+    def _describe_regrouping(self, event: events.Event, body: dict[str, Any]) -> list[str]:
+        """Return the line of a regrouping, once training has gone on."""
+        name = str(body.get("sender"))
+        attempt = self._timeline.attempts.get(AttemptId.parse(name) or AttemptId(0, ""))
+        has_gone_on = isinstance(event, events.UnderWayEvent | events.EvalEvent | events.DoneEvent)
+        if not has_gone_on or name in self._regrouped or attempt is None or attempt.plan is None:
+            return []
+        self._regrouped.add(name)
+        return [f"{item.description}; {item.outcome}" for item in self._told() if item.attempt == name]
+
+    def _told(self) -> list[Regrouping]:
+        with self._lock:
+            return [item for item in regroupings(self._timeline) if item.attempt in self._regrouped]
 
     def _describe(self, event: events.Event) -> list[str]:
         """Return the lines that an event is worth."""
@@ -170,6 +197,9 @@ class ProgressReporter:
                 return [f"the finished model is damaged ({'; '.join(event.faults)}); writing it again"]
             case events.GroupFailureEvent():
                 limit = -1 if event.limit is None else event.limit
+                if self._is_survived(event):
+                    is_told = event.attempt in {item.before for item in self._told()}
+                    return [f"{event.cause}, {event.where}: {event.message}"] if is_told else []
                 count = f"failure {event.number} of {limit}" if limit >= 0 else "no limit is set"
                 then = "" if event.ends else f"; restarting ({count})"
                 return [f"{event.cause}, {event.where}: {event.message}{then}"]
@@ -194,7 +224,12 @@ class ProgressReporter:
             case events.ResumeEvent():
                 skipped = [f"skipped {item.checkpoint}: {'; '.join(item.reasons)}" for item in event.rejected]
                 skipped += [f"skipped {ref}: the run failed to start from it twice" for ref in event.passed_over]
-                return [*skipped, f"resumed from {event.source}"]
+                memory = f"the workers' memory, after step {event.step}"
+                return [*skipped, f"resumed from {memory if event.memory else event.source}"]
+            case events.SnapshotsUnusedEvent(reasons=reasons):
+                return [f"snapshots in memory were not used: {'; '.join(reasons)}"]
+            case events.SnapshotsOffEvent(reason=reason):
+                return [f"no snapshots are kept in memory: {reason}"]
             case events.StartEvent():
                 return ["workers are ready; starting with step 1"]
         return []

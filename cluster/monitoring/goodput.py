@@ -7,9 +7,11 @@ The rules, which use nothing but the journals:
 - The time up to the first step of the first attempt is startup. In a later attempt, the time up to the first step is
   restore (without a checkpoint: restart). Then it is training, except for evaluations and for the gaps that saves left
   between steps. Steps that an earlier attempt had completed are redo; they counted the first time.
-- The time from the last known step to the moment when the end was noticed is detection. A killed rank 0 loses up to
-  five seconds of its journal; the coordinator remembers its last step. If the coordinator was lost too, these seconds
-  are detection, and the steps count when they are repeated.
+- If the next attempt continued it in memory, the time from its last known step to that one's first step is regrouping.
+  A part of a step that was dropped is within it; the step itself counts, where it is done.
+- Else the time from the last known step to the moment when the end was noticed is detection. A killed rank 0 loses up
+  to five seconds of its journal; the coordinator remembers its last step. If the coordinator was lost too, these
+  seconds are detection, and the steps count when they are repeated.
 - If the driver was gone too, the time until the next launch is waiting. So is the time in which the cluster had no room
   for the worker group.
 - If the driver had ended in order (stopped on request, or done), the time until the next launch is idle, and goodput
@@ -31,7 +33,7 @@ from enum import Enum
 from itertools import accumulate
 from math import inf
 
-from outlast.checkpointing.run_store.attempt_history import ORDERLY_EXITS, AttemptEnd
+from outlast.checkpointing.run_store.attempt_history import ORDERLY_EXITS, REGROUPED, AttemptEnd
 from outlast.checkpointing.run_store.events import ResumeEvent
 from outlast.cluster.monitoring.timeline import Timeline
 from outlast.cluster.monitoring.timeline_records import AttemptTimeline
@@ -45,6 +47,7 @@ class TimeCategory(Enum):
     SAVE = "save_stall", "training waited for a save, or for the finished model to be written"
     DETECT = "detect", "from the last completed step until the failure was detected"
     STARTUP = "startup", "the first start, up to the first step: data, Ray, processes, imports, groups, model"
+    REGROUP = "regroup", "from the last completed step to the next one, where training went on in memory after a loss"
     RESTART = "restart", "later starts of launches and worker groups, up to the claim"
     RESTORE = "restore", "from the claim to the first step: loading model, data and checkpoint"
     REDO = "redo", "steps repeated because the checkpoint was older"
@@ -214,6 +217,7 @@ def _fill_owned(
     """
     steps = attempt.steps
     starting = TimeCategory.RESTORE if isinstance(attempt.start, ResumeEvent) else builder.starting
+    starting = TimeCategory.REGROUP if attempt.regrouped_from else starting
     redo_end = _redo_end(attempt, reached)
 
     def fill(until: float) -> None:
@@ -231,7 +235,9 @@ def _fill_owned(
         builder.fill(min(until, limit), category)
     last_step_at = attempt.last_step_at
     fill(attempt.last_seen_at if last_step_at is None else last_step_at)
-    if attempt.final is not None:
+    if end.cause == REGROUPED:
+        builder.fill(limit, TimeCategory.REGROUP)
+    elif attempt.final is not None:
         builder.fill(min(attempt.final.t, limit), TimeCategory.SAVE if steps else starting)
     elif end.at is not None:
         builder.fill(min(end.at, limit), TimeCategory.DETECT)

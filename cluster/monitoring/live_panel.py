@@ -29,6 +29,7 @@ _COLOURS = {
     TimeCategory.SAVE: "blue",
     TimeCategory.DETECT: "red",
     TimeCategory.STARTUP: "bright_yellow",
+    TimeCategory.REGROUP: "bright_cyan",
     TimeCategory.RESTART: "yellow",
     TimeCategory.RESTORE: "magenta",
     TimeCategory.REDO: "bright_red",
@@ -58,6 +59,7 @@ def panel(summary: RunSnapshot, width: int, *, num_interruptions: int = 3) -> li
         lines += _labelled("lost", [Text(text)], width)
         shown = summary.interruptions[-num_interruptions:] if num_interruptions else ()
         lines += [_cut(_line("").append_text(_interruption(item, summary.now)), width) for item in shown]
+    lines += _regroupings(summary, width, num_interruptions)
     for slow in summary.slow:
         text = f"rank {slow.rank} on {slow.host}, {slow.times} times as slow as the others"
         lines += _labelled("slow", [safe_text(text, "yellow")], width)
@@ -188,6 +190,22 @@ def _goodput(report: GoodputReport, width: int) -> list[Text]:
         if seconds >= _MIN_SHARE * report.wall_s
     ]
     return [_cut(line, width), *_labelled("", words, width)]
+
+
+def _regroupings(summary: RunSnapshot, width: int, number: int) -> list[Text]:
+    """Return how often training went on in memory, how long that took, and the newest ones."""
+    found = summary.regroupings
+    if not found:
+        return []
+    redone = sum(item.num_redone for item in found)
+    text = f"{counted(len(found), 'time')}, {duration(summary.regroup_s)} in all, "
+    text += f"{counted(redone, 'step')} done again" if redone else "no step lost"
+    lines = _labelled("regroup", [Text(text)], width)
+    for item in found[-number:] if number else ():
+        line = _line("").append(f"{clock(item.at, summary.now)}  ", "dim")
+        line.append_text(safe_text(item.description, "bright_cyan"))
+        lines.append(_cut(line.append(f" → {item.outcome}"), width))
+    return lines
 
 
 def _interruption(item: Interruption, now: float) -> Text:

@@ -15,6 +15,7 @@ from huggingface_hub import EvalResult, ModelCardData
 from outlast.checkpointing.escaping import escaped
 from outlast.checkpointing.format.layout import RECORD
 from outlast.checkpointing.redaction import redact
+from outlast.checkpointing.run_store.attempt_history import REGROUPED
 from outlast.checkpointing.run_store.claims import read_claim
 from outlast.checkpointing.run_store.typed_json import section
 from outlast.checkpointing.storage.base import read_object
@@ -65,7 +66,9 @@ class _CardBuilder:
         metrics = sorted(found.manifest.metrics.items())
         self._metrics = {name: value for name, value in metrics if name.startswith("eval_")}
         timeline = TimelineReader(found.store).update()
-        self._ends_before = Counter(end.cause for item, end in timeline.ends.items() if item < attempt)
+        ends = Counter(end.cause for item, end in timeline.ends.items() if item < attempt)
+        self._num_regroupings = ends.pop(REGROUPED, 0)
+        self._ends_before = ends
 
     @property
     def _base_path(self) -> str:
@@ -150,6 +153,8 @@ class _CardBuilder:
             yield f", {counted(changes, 'file')} changed since\n" if isinstance(changes, int) and changes else "\n"
         causes = ", ".join(f"{count} × {_inline(cause)}" for cause, count in sorted(self._ends_before.items()))
         yield f"- restarts survived: {self._ends_before.total()}" + (f" ({causes})\n" if causes else "\n")
+        if self._num_regroupings:
+            yield f"- losses of workers survived in memory: {self._num_regroupings}\n"
         yield "- checkpoint verified against its digests when it was exported\n"
         if self._numerics_settings:
             text = yaml.safe_dump(_without_empty(self._numerics_settings), sort_keys=False, allow_unicode=True)

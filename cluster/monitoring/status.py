@@ -11,6 +11,7 @@ from typing import Any
 
 from outlast.checkpointing.errors import StorageError
 from outlast.checkpointing.format.layout import CheckpointRef
+from outlast.checkpointing.run_store.attempt_history import REGROUPED
 from outlast.checkpointing.run_store.claims import list_attempts, list_launches
 from outlast.checkpointing.run_store.events import GroupFailureEvent, ResizeEvent, SlowRank, UnsavedEvent
 from outlast.checkpointing.run_store.store import RunStore
@@ -18,6 +19,7 @@ from outlast.checkpointing.storage.base import Storage
 from outlast.checkpointing.tools.query import list_checkpoints, load_catalog
 from outlast.cluster.formatting import finite
 from outlast.cluster.monitoring.goodput import GoodputReport, account_time
+from outlast.cluster.monitoring.regroupings import Regrouping, regroupings
 from outlast.cluster.monitoring.timeline import State, Timeline, TimelineReader
 from outlast.cluster.monitoring.timeline_records import AttemptTimeline, SaveRecord, StepSeries
 
@@ -76,9 +78,15 @@ class RunSnapshot:
     save: SaveRecord | None  #: the newest background save whose duration is known, else the newest save
     unsaved: UnsavedEvent | None  #: the newest save if it failed, and training goes on
     interruptions: tuple[Interruption, ...]  #: oldest first
+    regroupings: tuple[Regrouping, ...]  #: losses after which training went on in memory, oldest first
     num_lost_steps: int  #: completed steps that were lost
     slow: tuple[SlowRank, ...]
     goodput: GoodputReport
+
+    @property
+    def regroup_s(self) -> float:
+        """Seconds of all regroupings, each with the first step after it."""
+        return sum(item.seconds or 0.0 for item in self.regroupings)
 
     def as_values(self) -> dict[str, Any]:
         """Return the values that `status --json` and the report share."""
@@ -91,6 +99,7 @@ def take_snapshot(timeline: Timeline, now: float, activity: str = "") -> RunSnap
     """Summarize a run at the moment `now` (seconds since the epoch); `activity` replaces the state's words."""
     current, attempts, state = timeline.current, timeline.claimed_attempts, timeline.state(now)
     is_restarting = state is State.RUNNING and current is not None and _is_restarting(timeline, current, now)
+    pause = "regrouping" if current and timeline.ends[current.id].cause == REGROUPED else "restarting"
     steps = current.steps if current else StepSeries()
     seconds = _seconds_per_step(steps)
     plan = current.plan if current else None
@@ -106,7 +115,7 @@ def take_snapshot(timeline: Timeline, now: float, activity: str = "") -> RunSnap
         run=timeline.run,
         now=now,
         state=state,
-        activity=activity or ("restarting" if is_restarting else state.value),
+        activity=activity or (pause if is_restarting else state.value),
         last_seen_at=timeline.last_seen_at(now),
         attempt=current.id.number if current else None,
         num_attempts=len(timeline.attempts),
@@ -125,6 +134,7 @@ def take_snapshot(timeline: Timeline, now: float, activity: str = "") -> RunSnap
         save=next((save for save in saves if save.is_background), saves[0] if saves else None),
         unsaved=current.unsaved if current and state.is_live else None,
         interruptions=tuple(interruptions(timeline)),
+        regroupings=tuple(regroupings(timeline)),
         num_lost_steps=timeline.num_lost_steps,
         slow=tuple(current.slow if current and state.is_live else ()),
         goodput=account_time(timeline, now),
@@ -171,11 +181,14 @@ def newest_checkpoint(timeline: Timeline) -> NewestCheckpoint | None:
 
 
 def interruptions(timeline: Timeline) -> list[Interruption]:
-    """Return every end of an attempt before the run was done, and every group that failed before its claim."""
+    """Return every end of an attempt before the run was done, and every group that failed before its claim.
+
+    Attempts that went on in memory are left out; see `regroupings`.
+    """
     result, ends = [], timeline.ends
     for attempt, successor in timeline.attempt_pairs:
         end = ends[attempt.id]
-        if not end.is_over or end.cause == "done":
+        if not end.is_over or end.cause in ("done", REGROUPED):
             continue
         resumed_from = successor.start_step if successor and successor.start else None
         at = end.at or attempt.last_seen_at or attempt.claimed_at
@@ -219,6 +232,9 @@ def as_values(store: RunStore, timeline: Timeline, summary: RunSnapshot) -> dict
         "save": asdict(summary.save) if summary.save else None,
         "unsaved": summary.unsaved.to_json() if summary.unsaved else None,
         "interruptions": [asdict(item) for item in summary.interruptions],
+        "regroupings": [asdict(item) for item in summary.regroupings],
+        "num_regroupings": len(summary.regroupings),
+        "regroup_s": round(summary.regroup_s, 3),
         "lost_steps": summary.num_lost_steps,
         "wall_s": round(summary.goodput.wall_s, 3),
         "ledger": {category.value: round(seconds, 3) for category, seconds in summary.goodput.seconds.items()},

@@ -17,7 +17,16 @@ from typing import TYPE_CHECKING, Any
 from outlast.checkpointing.format.layout import AttemptId
 from outlast.checkpointing.run_store.attempt_history import AttemptEnd, end_of_attempt, launches_in_order
 from outlast.checkpointing.run_store.claims import list_attempts, list_launches, read_claim
-from outlast.checkpointing.run_store.events import AttemptErrorEvent, DoneEvent, GroupFailureEvent, Reached, parse_event
+from outlast.checkpointing.run_store.events import (
+    AttemptErrorEvent,
+    DoneEvent,
+    EvalEvent,
+    GroupFailureEvent,
+    Reached,
+    RegroupedEvent,
+    StepEvent,
+    parse_event,
+)
 from outlast.checkpointing.run_store.journal import JournalTail
 from outlast.checkpointing.run_store.liveness import is_dead, read_liveness
 from outlast.checkpointing.run_store.store import RunStore
@@ -61,6 +70,38 @@ class Timeline:
     def attempt(self, attempt: AttemptId) -> AttemptTimeline:
         """Return an attempt; add it if it is new."""
         return self.attempts.setdefault(attempt, AttemptTimeline(attempt))
+
+    def apply_attempt_events(self, attempt: AttemptTimeline, event: Mapping[str, Any] | StepColumns) -> None:
+        """Add an event, or many steps, of an attempt's journal.
+
+        An attempt that continues in memory begins its journal with the steps and evaluations that a lost rank 0 left
+        out. They belong to the attempt that made them.
+        """
+        start = attempt.start if isinstance(attempt.start, RegroupedEvent) else None
+        if not isinstance(event, Mapping):
+            if start is not None and (is_earlier := event["step"] <= start.step).any():
+                earlier = event.where(is_earlier)
+                self._maker_of(attempt, float(earlier["ended_at"][0])).steps.extend(earlier)
+                event = event.where(~is_earlier)
+            attempt.apply_steps(event)
+        elif start is not None and attempt.plan is None and event["event"] in (StepEvent.kind, EvalEvent.kind):
+            match parse_event(event):
+                case StepEvent() as step:
+                    self._maker_of(attempt, step.ended_at or step.t).steps.add(event)
+                case EvalEvent() as evaluation:
+                    self._maker_of(attempt, evaluation.t).add_evaluation(evaluation)
+        else:
+            attempt.apply(event)
+
+    def _maker_of(self, attempt: AttemptTimeline, at: float) -> AttemptTimeline:
+        """Return the newest of the attempts that this one continues that had claimed the run by a moment."""
+        maker = attempt
+        while maker.claimed_at > at or maker is attempt:
+            name = AttemptId.parse(maker.regrouped_from or "")
+            if name is None or name >= maker.id or name not in self.attempts:
+                break
+            maker = self.attempts[name]
+        return maker
 
     def apply_launch_event(self, launch: str, body: Mapping[str, Any]) -> None:
         event = parse_event(body)
@@ -168,6 +209,7 @@ class Timeline:
         failures, attempts = self.failure_by_attempt, self.claimed_attempts
         resizes = {e.attempt: e for launch in self.launches.values() for e in reversed(launch.resizes)}
         last_of = {item.launch: item.id for item in attempts}
+        regrouped = {item.regrouped_from for item in attempts}
         ends = {}
         for item in attempts:
             alive = self.launches[item.launch].alive if item.launch in self.launches else {}
@@ -179,6 +221,7 @@ class Timeline:
                 resize=resizes.get(str(item.id)),
                 has_successor=last_of[item.launch] != item.id,
                 is_open=item is attempts[-1] and not alive.get("ended"),
+                is_regrouped=str(item.id) in regrouped,
             )
         return ends
 
@@ -238,7 +281,7 @@ class TimelineReader:
             record = self.timeline.attempt(attempt)
             record.claim = claim
             for event in self._new_events(self._store.attempt_dir(attempt)):
-                record.apply(event) if isinstance(event, dict) else record.apply_steps(event)
+                self.timeline.apply_attempt_events(record, event)
             if claim and number < len(attempts) - _NUM_OPEN:
                 self._closed.add(attempt)
 

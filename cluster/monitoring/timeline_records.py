@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from outlast.checkpointing.format.layout import AttemptId, CheckpointRef
 from outlast.checkpointing.run_store import events
+from outlast.checkpointing.run_store.claims import REGROUPED_FROM
 
 if TYPE_CHECKING:
     from outlast.checkpointing.run_store.compacted_segment import StepColumns
@@ -109,7 +110,7 @@ class AttemptTimeline:
 
     id: AttemptId  #: its number and nonce
     claim: dict[str, Any] = field(default_factory=dict)  #: its claim; empty if only its events are known
-    start: events.StartEvent | events.ResumeEvent | None = None
+    start: events.StartEvent | events.ResumeEvent | events.RegroupedEvent | None = None
     plan: events.PlanEvent | None = None
     startup_timings: Mapping[str, float] = field(default_factory=dict)  #: when it reached which point of its startup
     steps: StepSeries = field(default_factory=StepSeries)
@@ -144,6 +145,19 @@ class AttemptTimeline:
         return self.start.source if isinstance(self.start, events.ResumeEvent) else None
 
     @property
+    def has_resumed(self) -> bool:
+        """Whether it continued from a checkpoint, or from snapshots in memory."""
+        return isinstance(self.start, events.ResumeEvent)
+
+    @property
+    def regrouped_from(self) -> str | None:
+        """The attempt that it continued in memory."""
+        if isinstance(self.start, events.RegroupedEvent) and self.start.attempt:
+            return self.start.attempt
+        name = self.claim.get(REGROUPED_FROM)
+        return None if name is None else str(name)
+
+    @property
     def start_step(self) -> int:
         return self.start.step if self.start else 0
 
@@ -176,14 +190,14 @@ class AttemptTimeline:
             self.steps.add(body)
             return
         match events.parse_event(body):
-            case events.StartEvent() | events.ResumeEvent() as event:
+            case events.StartEvent() | events.ResumeEvent() | events.RegroupedEvent() as event:
                 self.start = event
             case events.PlanEvent() as event:
                 self.plan = event
             case events.UnderWayEvent(marks=timings):
                 self.startup_timings = timings
             case events.EvalEvent() as event:
-                self.evaluations.append(event)
+                self.add_evaluation(event)
             case events.CommitEvent() as event:
                 self.unsaved = None
                 save = self.saves.setdefault(event.step, SaveRecord(event.step))
@@ -201,6 +215,11 @@ class AttemptTimeline:
                 self.notes.append(event)
             case event if isinstance(event, NoteworthyEvent):
                 self.notes.append(event)
+
+    def add_evaluation(self, event: events.EvalEvent) -> None:
+        """Add an evaluation, unless one of its step or a later one is known already."""
+        if not self.evaluations or event.step > self.evaluations[-1].step:
+            self.evaluations.append(event)
 
     def apply_steps(self, steps: StepColumns) -> None:
         self.last_seen_at = max(self.last_seen_at, float(steps["t"].max()))

@@ -189,6 +189,7 @@ def describe(estimate: RunEstimate) -> Iterator[str]:
     walk, size, saving = estimate.walk, estimate.size, estimate.saving
     memory = size.memory
     free = f"; the storage has {format_size(estimate.free_bytes)} free" if estimate.free_bytes is not None else ""
+    shared = f"; snapshots in shared memory up to {format_size(memory.shared)}" if memory.shared else ""
     of_rows = f" (from {100 * walk.eval_share:g} % of the rows)" if walk.eval_share and walk.num_eval_samples else ""
     yield (
         f"{estimate.run}: {walk.num_steps:,} steps, {walk.epochs:.2f} epochs of {walk.num_samples:,} samples; "
@@ -201,7 +202,7 @@ def describe(estimate: RunEstimate) -> Iterator[str]:
     yield (
         f"memory per worker ({estimate.workers} workers, {estimate.parallel}): weights {format_size(memory.weights)}, "
         f"gradients {format_size(memory.gradients)}, optimizer {format_size(memory.optimizer)}; "
-        f"host snapshot {format_size(memory.snapshot)}; activations are not counted"
+        f"host snapshot {format_size(memory.snapshot)}{shared}; activations are not counted"
     )
     yield (
         f"a checkpoint: {format_size(size.checkpoint_bytes)} in {len(size.files) + _OTHER_FILES - 1} files; "

@@ -15,6 +15,7 @@ from ray.runtime_env import RuntimeEnv
 
 from outlast.cluster import ray_internals
 from outlast.cluster.driver.elastic_resize import Resizer
+from outlast.cluster.driver.in_place.worker_group import InPlaceWorkerGroup
 from outlast.cluster.driver.ray_session import ray_session
 from outlast.cluster.fault_tolerance.failure_callback import FailureRecorder
 from outlast.cluster.fault_tolerance.failure_cause import OWN_RAY
@@ -43,7 +44,7 @@ def test_another_name_is_an_attribute_error() -> None:
     ],
 )
 def test_callbacks_are_called_by_the_names_and_arguments_that_ours_have(ours: type, theirs: list[type]) -> None:
-    hooks = [name for name in vars(ours) if not name.startswith("_")]
+    hooks = [name for name in vars(ours) if not name.startswith("_") and name != "worker_lost"]
     assert hooks
     for name in hooks:
         [hook] = [getattr(base, name) for base in theirs if hasattr(base, name)]
@@ -120,3 +121,14 @@ def test_what_a_running_ray_answers() -> None:
         dead = ray_internals.actors()[actor_id]
         assert (dead["Pid"], dead["State"], dead["Address"]["NodeID"]) == (pid, "DEAD", ray.nodes()[0]["NodeID"])
         assert "ray.kill" in str(dead["DeathCause"])
+
+
+def test_ours_replaces_only_what_it_means_to_of_rays_worker_group() -> None:
+    """A method of the same name would be called by Ray in place of its own."""
+    ours = {name for name in vars(InPlaceWorkerGroup) if not name.startswith("__")}
+    theirs = {name for base in InPlaceWorkerGroup.__mro__[1:] for name in vars(base)}
+    meant = {"_init_train_context", "_poll_workers_and_collect_errors", "shutdown", "abort"}
+    assert ours & theirs - {"_abc_impl"} == meant
+    for name in meant:
+        mine, base = getattr(InPlaceWorkerGroup, name), getattr(ray_internals.WorkerGroup, name)
+        assert list(inspect.signature(mine).parameters) == list(inspect.signature(base).parameters)

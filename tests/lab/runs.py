@@ -27,7 +27,7 @@ OUTLAST = str(Path(sys.executable).with_name("outlast"))
 
 
 class Run:
-    """A tiny run with a checkpoint every 100 steps. `sections` changes blocks of its file."""
+    """A tiny run with a checkpoint every 100 steps, whose group restarts after losses. `sections` changes its file."""
 
     def __init__(
         self,
@@ -45,7 +45,7 @@ class Run:
         )
         body["scale"] = {"workers": workers, "cpus_per_worker": 1}
         body["checkpoint"]["every"] = 100
-        body["failure"] = {"max_failures": 1, "max_preemptions": -1}
+        body["failure"] = {"max_failures": 1, "max_preemptions": -1, "in_place": False}
         for key, value in (sections or {}).items():
             body[key] = {**body[key], **value} if isinstance(value, Mapping) else value
         self.file = folder / f"{name}.yaml"

@@ -26,6 +26,17 @@ def resume(t: float, step: int, of: int = 1) -> Event:
     return {"event": "resume", "t": t, "step": step, "source": f"{name_of(of)}/checkpoint-{step}", "rejected": []}
 
 
+def regrouped(t: float, step: int, of: int = 1, *, ranks: Sequence[int] = (1,), source: int = 0) -> Event:
+    """Make the event of an attempt that continues in memory; the loss was noticed half a second before it."""
+    times = {"noticed": t - 0.5, "seat": t - 0.45, "group": t - 0.4, "state": t - 0.2, "claim": t}
+    event = {"event": "regrouped", "t": t, "step": step, "attempt": name_of(of), "noticed_at": t - 0.5, "marks": times}
+    return {**event, "lost": [f"process-{rank}" for rank in ranks], "ranks": list(ranks), "source": source}
+
+
+def under_way(t: float, step: int) -> Event:
+    return {"event": "under-way", "t": t, "step": step, "marks": {"first_step": t}}
+
+
 def plan(t: float, num_steps: int = 100, world_size: int = 2) -> Event:
     return {"event": "plan", "t": t, "num_steps": num_steps, "world_size": world_size, "batch": 8}
 
@@ -91,7 +102,7 @@ def make_timeline(*parts: tuple[Any, Event, Any], run: str = "run") -> Timeline:
             item = timeline.attempt(AttemptId(name, f"{name:04x}"))
             item.claim = body
             for event in events:
-                item.apply(event)
+                timeline.apply_attempt_events(item, event)
     return timeline
 
 

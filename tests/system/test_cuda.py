@@ -18,6 +18,7 @@ from outlast.checkpointing.state.shards import local_shard
 from outlast.checkpointing.storage.local import LocalStorage
 from outlast.trainers.attempt import Assignment
 from outlast.trainers.loop.train_loop import Outcome
+from tests.support.groups.in_place_group import in_place_group
 from tests.support.groups.worker_group import digests, fault, losses, resumed, run_group
 from tests.support.small_model import digests_of
 from tests.system.test_kill_matrix import LLAMA
@@ -61,6 +62,39 @@ def test_killed_and_resumed_equals_uninterrupted(
     assert [event["step"] for event in resumed(storage, struck)] == [3]
     assert digests(storage, struck) == digests(storage, undisturbed)
     assert losses(storage, struck) == losses(storage, undisturbed)
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_killed_rank_is_replaced_in_memory(
+    rank: int, assign: Callable[..., Assignment], storage: LocalStorage, tmp_path: Path
+) -> None:
+    """With gloo, because the ranks share a device."""
+    run_group(assign("cuda-quiet", precision="bf16"), storage, 2, limit_s=300.0, device="cuda:0")
+    run, strike = f"cuda-in-place-{rank}", fault(FaultPoint.STEP, 7, rank, FaultAction.SIGKILL, tmp_path)
+    assignment = assign(run, precision="bf16", faults=(strike,))
+    with in_place_group(assignment, storage, 2, num_spares=1, device="cuda:0") as group:
+        ended = group.ended(300.0)
+    assert Path(strike.record).exists()
+    assert sum(item is not None and item.outcome is Outcome.DONE for item in ended) == 2, ended
+    assert digests(storage, run) == digests(storage, "cuda-quiet")
+    assert losses(storage, run) == losses(storage, "cuda-quiet")
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.skipif(torch.cuda.device_count() < 3, reason="NCCL needs a GPU for each rank and the spare")
+def test_a_killed_rank_is_replaced_in_memory_with_nccl(
+    assign: Callable[..., Assignment], storage: LocalStorage, tmp_path: Path
+) -> None:
+    strike = fault(FaultPoint.STEP, 7, 1, FaultAction.SIGKILL, tmp_path)
+    quiet, struck = assign("nccl-quiet"), assign("nccl-struck", faults=(strike,))
+    for assignment, num_lost in ((quiet, 0), (struck, 1)):
+        with in_place_group(assignment, storage, 2, num_spares=1, device="cuda:{}", backend="nccl") as group:
+            ended = group.ended(300.0)
+        assert sum(item is not None and item.outcome is Outcome.DONE for item in ended) == 3 - num_lost, ended
+    assert Path(strike.record).exists()
+    assert digests(storage, "nccl-struck") == digests(storage, "nccl-quiet")
+    assert losses(storage, "nccl-struck") == losses(storage, "nccl-quiet")
 
 
 def wide(width: int = 4096) -> tuple[nn.Module, torch.optim.Optimizer]:

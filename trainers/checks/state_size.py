@@ -9,6 +9,7 @@ from torch import nn
 
 from outlast.checkpointing.format.layout import optimizer_shard
 from outlast.checkpointing.format.safetensors import TensorSpec, encode
+from outlast.checkpointing.memory_tier.snapshot_writer import NUM_PLACES
 from outlast.checkpointing.save.writer import weight_files
 from outlast.checkpointing.state.named_weights import WeightNaming, named_weights
 from outlast.checkpointing.state.optimizer_groups import encode_optimizer
@@ -18,6 +19,7 @@ from outlast.trainers.checks.model_checks import check_model
 from outlast.trainers.config.train import Exactness, Parallel
 from outlast.trainers.config.training_config import TrainingConfig
 from outlast.trainers.data.batch_plan import make_plan, share
+from outlast.trainers.distributed.memory_snapshots import keeps_snapshots
 from outlast.trainers.distributed.tree_allreduce import TreeSum
 from outlast.trainers.loop.log_history import ENTRY_BYTES, LogHistory
 from outlast.trainers.loop.optimizer import make_optimizer
@@ -36,12 +38,14 @@ class Memory:
         gradients: Gradients, including the partial sums of `exactness: elastic`.
         optimizer: State of the optimizer.
         snapshot: Copy of the worker's share on the host, with `checkpoint.overlap`.
+        shared: Snapshots in the node's shared memory, at most: two of its own share, and two of another node's.
     """
 
     weights: int
     gradients: int
     optimizer: int
     snapshot: int
+    shared: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +101,7 @@ def estimate_state(config: TrainingConfig, prepared: Prepared, storage: Storage,
         gradients=gradients // num_shards * (1 + _num_partial_sums(config, prepared, size)),
         optimizer=moment_bytes // num_shards,
         snapshot=share_bytes if config.checkpoint.overlap else 0,
+        shared=NUM_PLACES * share_bytes * (2 if size > 1 else 1) if keeps_snapshots(config) else 0,
     )
     files = {name: len(data) for name, data in small_files.items()}
     files |= _weight_files(weights, config, naming)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -32,6 +32,10 @@ class CheckpointSettings(Settings):
     overlap: bool = True
     """Copy the state while the next step computes, and write it in the background. It takes memory for one copy of each
     worker's share; without it training waits for every commit."""
+    memory: Literal["auto"] | bool | Annotated[int, Field(ge=1, strict=True)] = "auto"
+    """With `scale.parallel: fsdp`, keep snapshots of each worker's share in the shared memory of its node, with copies
+    on another one, and restart from them after a loss. auto: if they take at most half of the free memory, as often as
+    costs at most 1 % of the time of the steps; true: fail if they do not fit; a number: every so many steps."""
     settle_s: float = Field(0.0, ge=0.0, le=600.0)
     """Seconds by which a listing of the storage may lag, as on NFS with its attribute cache. Each start waits twice as
     long."""

@@ -11,15 +11,17 @@ from __future__ import annotations
 import os
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from datetime import timedelta
+from types import MappingProxyType
+from urllib.parse import unquote, urlsplit
 
 import torch
 import torch.distributed as dist
 
 from outlast.checkpointing.state.rank_group import RankGroup
-from outlast.checkpointing.torch_internals import restart_group_names
+from outlast.checkpointing.torch_internals import abort_groups, restart_group_names
 from outlast.trainers.distributed.world import World
 
 #: A member that dies while the groups connect is noticed by the roster; this bounds a wait that cannot be aborted.
@@ -29,9 +31,15 @@ _UNLIMITED = timedelta(hours=12)
 
 
 class GroupConnections:
-    """The sockets of one generation's groups; once `is_aborted`, they are shut down."""
+    """The sockets of one generation's groups.
+
+    Attributes:
+        is_aborted: Whether they are shut down.
+        has_nccl: Whether there are NCCL's communicators too, which it aborts itself.
+    """
 
     def __init__(self) -> None:
+        self.has_nccl = False
         self._own: set[str] = set()
         self._before: set[str] | None = None
         self._lock = threading.Lock()
@@ -53,7 +61,9 @@ class GroupConnections:
 
     def abort(self) -> None:
         """Shut the sockets down, so that collectives raise, those that wait now and those that begin later."""
-        self.is_aborted = True
+        is_first, self.is_aborted = not self.is_aborted, True
+        if is_first and self.has_nccl:  # not tried on a device
+            threading.Thread(target=abort_groups, name="outlast-abort", daemon=True).start()
         with self._lock:
             for number, name in _sockets():
                 if name in self._own or (self._before is not None and name not in self._before):
@@ -84,12 +94,22 @@ class GenerationWorld(World):
     Args:
         connections: Records the groups' sockets.
         device: Device of this rank.
+        node: As in `World`, like the next two.
+        log: The file of this process' standard error.
+        marks: When this process reached what comes before.
     """
 
-    def __init__(self, connections: GroupConnections, device: torch.device) -> None:
+    def __init__(
+        self,
+        connections: GroupConnections,
+        device: torch.device,
+        node: str = "",
+        log: str = "",
+        marks: Mapping[str, float] = MappingProxyType({}),
+    ) -> None:
         self._connections = connections
         with connections.recording():
-            super().__init__(device)
+            super().__init__(device, node, log, marks)
 
     @property
     def is_aborted(self) -> bool:
@@ -101,14 +121,26 @@ class GenerationWorld(World):
             return super().duplicate()
 
 
-def connect(connections: GroupConnections, store: tuple[str, int], number: int, rank: int, size: int) -> None:
-    """Connect this process with the others of generation `number`. Raises RuntimeError if one of them is gone."""
+def connect(
+    connections: GroupConnections, meeting: str, number: int, rank: int, size: int, backend: str = "gloo"
+) -> None:
+    """Connect this process with the others of generation `number`, through the store or folder at the URL `meeting`.
+
+    Raises RuntimeError if one of them is gone.
+    """
     if size == 1:
         return
+    place, limit = urlsplit(meeting), timedelta(seconds=CONNECT_S)
     with connections.recording():
-        shared = dist.TCPStore(*store, None, False, timeout=timedelta(seconds=CONNECT_S))
+        if place.scheme == "file":
+            shared: dist.Store = dist.FileStore(f"{unquote(place.path)}/{number}", size)
+            shared.set_timeout(limit)
+        else:
+            shared = dist.TCPStore(str(place.hostname), int(place.port or 0), None, False, timeout=limit)
         prefixed = dist.PrefixStore(f"generation-{number}", shared)
-        dist.init_process_group("gloo", store=prefixed, rank=rank, world_size=size, timeout=_UNLIMITED)
+        connections.has_nccl = backend == "nccl"
+        backend = "cpu:gloo,cuda:nccl" if backend == "nccl" else backend
+        dist.init_process_group(backend, store=prefixed, rank=rank, world_size=size, timeout=_UNLIMITED)
 
 
 def disconnect() -> None:

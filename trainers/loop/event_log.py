@@ -1,12 +1,16 @@
 """Events of the step loop: rank 0 writes them into the attempt's journal and passes them to live listeners."""
 
 import math
+import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 from outlast.checkpointing.checkpointer import Checkpointer
-from outlast.checkpointing.run_store.events import EvalEvent, Event, StepEvent
+from outlast.checkpointing.run_store.claims import list_attempts
+from outlast.checkpointing.run_store.events import EvalEvent, Event, StepEvent, parse_event
+from outlast.checkpointing.run_store.journal import read_events
 from outlast.trainers.loop.log_history import LogHistory
 from outlast.trainers.loop.step_exchange import DeferredMetrics
 
@@ -65,6 +69,7 @@ class EventLog:
 
     def evaluation(self, event: EvalEvent) -> None:
         """Record an evaluation. Every rank calls it."""
+        event = replace(event, t=round(time.time(), 4))  # another rank 0 may write it later
         self.keep(event)
         self.write(event)
 
@@ -80,3 +85,20 @@ class EventLog:
     def _publish(self, event: dict[str, Any]) -> None:
         for listener in self._listeners:
             listener(event)
+
+
+def recorded_events(checkpointer: Checkpointer, kept: Iterable[Mapping[str, Any]]) -> set[tuple[str, int]]:
+    """Return kind and step of the events that the journals of earlier attempts have, of `kept` ones and others.
+
+    Raises StorageError.
+    """
+    newest = checkpointer.accepted[0].ref if checkpointer.accepted else None
+    known = {(str(event["event"]), int(event["step"])) for event in kept}
+    known = {item for item in known if newest is not None and item[1] <= newest.step}
+    store = checkpointer.store
+    for attempt in list_attempts(store):
+        if attempt < checkpointer.attempt and (newest is None or attempt >= newest.attempt):
+            for event in map(parse_event, read_events(store, store.attempt_dir(attempt))):
+                if isinstance(event, StepEvent | EvalEvent):
+                    known.add((event.kind, event.step))
+    return known

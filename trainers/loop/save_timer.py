@@ -7,12 +7,13 @@ suppressed. A save fails on all ranks or on none, and rank 0 alone reads the clo
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 
 from outlast.checkpointing.checkpointer import Checkpointer
 from outlast.checkpointing.errors import StorageError
 from outlast.checkpointing.format.layout import AttemptId
-from outlast.checkpointing.run_store.claims import list_attempts, read_claim
+from outlast.checkpointing.run_store.claims import REGROUPED_FROM, list_attempts, read_claim
 from outlast.checkpointing.run_store.events import IntervalEvent, UnsavedEvent
 from outlast.checkpointing.run_store.journal import last_event_at
 from outlast.checkpointing.run_store.store import RunStore
@@ -124,12 +125,16 @@ class SaveTimer:
 def history_of(store: RunStore, newest: AttemptId | None = None) -> tuple[float, int]:
     """Return a run's start, in seconds since the epoch, and its number of attempts up to `newest`.
 
+    Those that continued another one in memory are left out: no checkpoint would have made that cheaper.
+
     Raises:
         StorageError: A read failed.
     """
     attempts = [item for item in list_attempts(store) if newest is None or item <= newest]
-    claim = read_claim(store, attempts[0]) if attempts else {}
-    return float(claim.get("claimed_at", time.time())), len(attempts)
+    with ThreadPoolExecutor(16) as pool:
+        claims = list(pool.map(lambda item: read_claim(store, item), attempts))
+    since = float(claims[0].get("claimed_at", time.time())) if claims else time.time()
+    return since, sum(REGROUPED_FROM not in claim for claim in claims)
 
 
 def between_failures(since: float, num_attempts: int) -> float:

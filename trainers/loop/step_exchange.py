@@ -22,11 +22,15 @@ class StepRequests:
         stop: End the attempt.
         save: Save the state; rank 0 alone decides.
         trouble: Wait for the save in flight, which failed or was superseded.
+        num_idle: Number of ranks that can begin a snapshot in memory.
+        snapshot: Take one; rank 0 alone decides.
     """
 
     stop: bool
     save: PlannedSave
     trouble: bool
+    num_idle: int = 0
+    snapshot: bool = False
 
 
 @dataclass(frozen=True, slots=True)

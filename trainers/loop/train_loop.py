@@ -6,27 +6,28 @@ passes it requests to stop or save, and receives its progress.
 
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from enum import Enum
 from typing import Any
 
 import torch
 from torch import nn
 
-from outlast.checkpointing.checkpointer import Checkpointer
 from outlast.checkpointing.errors import DamagedError, NoCheckpointError
 from outlast.checkpointing.fault_injection import FaultPoint, fault_point
 from outlast.checkpointing.format.layout import LOOP_STATE, CheckpointRef, checkpoint_name
+from outlast.checkpointing.regrouping_checkpointer import RegroupingCheckpointer
 from outlast.checkpointing.run_store import events
 from outlast.checkpointing.run_store.retention_policy import RetentionCandidate
 from outlast.checkpointing.run_store.typed_json import misfits
 from outlast.trainers.config.training_config import TrainingConfig
 from outlast.trainers.data.arrow_samples import Samples
 from outlast.trainers.data.batch_plan import make_plan
+from outlast.trainers.distributed.memory_snapshots import MemorySnapshots
 from outlast.trainers.distributed.world import World
 from outlast.trainers.loop.control import Control
 from outlast.trainers.loop.evaluation import evaluate
-from outlast.trainers.loop.event_log import EventLog
+from outlast.trainers.loop.event_log import EventLog, recorded_events
 from outlast.trainers.loop.log_history import LogHistory, patience_state
 from outlast.trainers.loop.non_finite import NonFiniteError
 from outlast.trainers.loop.rank_activity import StepPhase
@@ -79,6 +80,7 @@ class Loop:
         listeners: Called with each event before `control`, on rank 0.
         static_graph: Whether each backward pass is known to give every trained parameter a gradient.
         may_regroup: Keep on every rank what the others need to go on in memory if this one is lost.
+        snapshots_of: Keep snapshots in memory for this launch; None for none.
         optimizer: The optimizer of a training that goes on in memory.
 
     Attributes:
@@ -89,7 +91,7 @@ class Loop:
         self,
         config: TrainingConfig,
         world: World,
-        checkpointer: Checkpointer,
+        checkpointer: RegroupingCheckpointer,
         model: nn.Module,
         task: Task,
         train_data: Samples,
@@ -99,6 +101,7 @@ class Loop:
         listeners: Sequence[Callable[[dict[str, Any]], None]] = (),
         static_graph: bool = False,
         may_regroup: bool = False,
+        snapshots_of: str | None = None,
         optimizer: torch.optim.Optimizer | None = None,
     ) -> None:
         self.config, self.world, self.checkpointer, self.model = config, world, checkpointer, model
@@ -111,7 +114,13 @@ class Loop:
         self.metrics: dict[str, float] = {}
         self.plan = make_plan(config, len(train_data), world.size)
         self.history = LogHistory(self.plan, config.train.log_every)
-        self._log = EventLog(checkpointer, self.history, *listeners, control.progress, keeps=may_regroup)
+        keeps = may_regroup or (snapshots_of is not None and world.rank == 0)
+        self._log = EventLog(checkpointer, self.history, *listeners, control.progress, keeps=keeps)
+        self._snapshots = (
+            None
+            if snapshots_of is None
+            else MemorySnapshots(config, snapshots_of, world, checkpointer, self._log.write)
+        )
         self._train_step = TrainStep(
             config,
             self.plan,
@@ -129,6 +138,12 @@ class Loop:
 
     def run(self) -> Outcome:
         """Run to one of the three outcomes. Raises what the checkpointer and the steps raise."""
+        outcome = self._run()
+        if self._snapshots is not None:
+            self._snapshots.close(is_over=outcome is not Outcome.SUPERSEDED)
+        return outcome
+
+    def _run(self) -> Outcome:
         if not self._is_in_memory:
             is_fresh = self._resume()
             self.world.mark("restore")
@@ -165,6 +180,8 @@ class Loop:
             self._record_early_stop()
         if not self._save_if_due(agreed, is_evaluated=is_evaluated, is_over=is_over):
             return Outcome.SUPERSEDED
+        if agreed.snapshot and agreed.num_idle == self.world.size and not (agreed.stop or is_over):
+            self._take_snapshot()
         if agreed.stop and not is_over:
             self._log.write(events.StopEvent(step=self.step))
             self.checkpointer.flush()
@@ -227,8 +244,17 @@ class Loop:
             self._log.keep(event)
         return list(self._log.kept)
 
+    def _record(self, kept: Sequence[Mapping[str, Any]], recorded: Collection[tuple[str, int]]) -> None:
+        """Record the kept events of an earlier attempt, unless the run's journals have them."""
+        for event in map(events.parse_event, kept):
+            assert isinstance(event, events.StepEvent | events.EvalEvent)
+            self._log.keep(event)
+            if (event.kind, event.step) not in recorded:
+                self._log.write(event)
+
     def _update(self) -> StepRequests:
         """Make one step. If it ends the run because it is not finite, save the state before it."""
+        began = time.monotonic()
         try:
             agreed = self._train_step.update(self.step, self._requests)
         except NonFiniteError:
@@ -236,12 +262,15 @@ class Loop:
                 self._save(urgent=True, skippable=False)
             raise
         self.step += 1
+        if self._snapshots is not None:
+            self._snapshots.step_done(time.monotonic() - began)
         return agreed
 
     def _requests(self) -> StepRequests:
         """Return this rank's requests for the end of the step that has begun."""
         save = self._requested_save() if self.world.rank == 0 else PlannedSave.NO
-        return StepRequests(self.control.stop_requested(), save, self.checkpointer.has_failed_or_superseded)
+        snapshot = (0, False) if self._snapshots is None else self._snapshots.requests()
+        return StepRequests(self.control.stop_requested(), save, self.checkpointer.has_failed_or_superseded, *snapshot)
 
     def _requested_save(self) -> PlannedSave:
         """Return, on rank 0, whether a save is requested or due by time."""
@@ -254,6 +283,8 @@ class Loop:
         """Reserve the memory that saves will need, now that the optimizer has its state."""
         if self.config.checkpoint.overlap:
             self.checkpointer.reserve(self.model, self._train_step.optimizer)
+        if self._snapshots is not None:
+            self._snapshots.first_step_done(self.model, self._train_step.optimizer)
         if self.world.rank == 0:
             self._save_timer.first_step_done()
         self._log.write(events.UnderWayEvent(step=self.step, marks=self.world.mark("first_step")))
@@ -326,15 +357,7 @@ class Loop:
         evaluations = self.history.evaluations
         if not (evaluations and evaluations[-1]["step"] == self.step):
             metrics = {name: value for name, value in metrics.items() if not name.startswith("eval_")}
-        state = {
-            "step": self.step,
-            "epoch": self.plan.epoch(self.step),
-            "position": self.step * self.plan.batch % self.plan.num_samples,
-            "metrics": self.metrics,
-            **self.history.state(),
-            "num_threads": torch.get_num_threads(),
-            **self._train_step.state(),
-        }
+        state = self._loop_state()
         files = {"trainer_state.json": self._trainer_state()}
         method = checkpointer.save if urgent or not self.config.checkpoint.overlap else checkpointer.async_save
         self._save_timer.saved(urgent=urgent)
@@ -344,6 +367,27 @@ class Loop:
             return method(self.step, self.model, self._train_step.optimizer, state, metrics=metrics, files=files)
 
         return save() if is_last else guard(save, self.step)
+
+    def _take_snapshot(self) -> None:
+        """Begin a snapshot in memory."""
+        assert self._snapshots is not None
+        began = time.monotonic()
+        self._train_step.settle()
+        if self._train_step.loss is not None:
+            self.metrics["loss"] = self._train_step.loss
+        state, optimizer = self._loop_state(), self._train_step.optimizer
+        self._snapshots.take(self.step, self.model, optimizer, state, self._log.kept, began)
+
+    def _loop_state(self) -> dict[str, Any]:
+        return {
+            "step": self.step,
+            "epoch": self.plan.epoch(self.step),
+            "position": self.step * self.plan.batch % self.plan.num_samples,
+            "metrics": self.metrics,
+            **self.history.state(),
+            "num_threads": torch.get_num_threads(),
+            **self._train_step.state(),
+        }
 
     def _trainer_state(self) -> bytes:
         """Return the Hugging Face Trainer's `trainer_state.json`, for tools that read it."""
@@ -355,15 +399,18 @@ class Loop:
 
     def _resume(self) -> bool:
         """Restore the resume point, if any. Returns True on a fresh start."""
-        state = self.checkpointer.resume(self.model, self._train_step.optimizer)
+        restored = self._snapshots.restore(self.model, self._train_step.optimizer) if self._snapshots else None
+        state, kept = restored or (self.checkpointer.resume(self.model, self._train_step.optimizer), [])
         if self.checkpointer.superseded:
             return False
-        if state is not None:
+        if state is not None and not restored:
             self._check_state(state)
         self._train_step.load(state, self.checkpointer)
         if state is not None:
             self.step, self.metrics = state["step"], state["metrics"]
             self.history.load(state)
+        if restored and self.world.rank == 0:
+            self._record(kept, recorded_events(self.checkpointer, kept))
         return state is None
 
     def _check_state(self, state: Mapping[str, Any]) -> None:

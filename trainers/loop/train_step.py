@@ -286,19 +286,22 @@ class TrainStep:
         count = sum(self._task.count(batch) for batch in batches.values())
         num_tokens = sum(self._task.num_tokens(batch) for batch in batches.values())
         mine = requests()
-        wait = self._add(count, num_tokens, float(mine.stop), float(mine.save.value), float(mine.trouble))
+        asked = (mine.stop, mine.save.value, mine.trouble, mine.num_idle, mine.snapshot)
+        wait = self._add(count, num_tokens, *map(float, asked))
 
         @cache
         def agreed() -> StepConsensus:
             self._control.at(StepPhase.AGREE, step)
-            count_sum, token_sum, stop_sum, save_sum, trouble_sum = wait()
+            count_sum, token_sum, stop_sum, save_sum, trouble_sum, idle_sum, snapshot_sum = wait()
             self._control.at(StepPhase.COMPUTE, step)
             if not count_sum:
                 raise ConfigError(
                     f"step {step + 1} has nothing to learn from: none of its samples has a target",
                     hint="take such rows out of the data, or set a larger train.batch",
                 )
-            combined = StepRequests(stop_sum > 0, PlannedSave(int(save_sum)), trouble_sum > 0)
+            combined = StepRequests(
+                stop_sum > 0, PlannedSave(int(save_sum)), trouble_sum > 0, int(idle_sum), snapshot_sum > 0
+            )
             return StepConsensus(count_sum, token_sum, combined)
 
         return agreed

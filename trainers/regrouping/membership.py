@@ -17,24 +17,33 @@ from multiprocessing.connection import Client, Connection
 from typing import Any
 
 from outlast.checkpointing.errors import OutlastError
+from outlast.checkpointing.run_store.attempt_history import NOT_IN_MEMORY
 from outlast.trainers.regrouping.roster import Generation
 
 BEAT_S = 0.2
 #: An error of a collective and the roster's notice of the loss arrive at about the same time, in any order.
 CONFIRM_S = 3.0
+#: How often a process that waits for a seat asks whether to stop.
+_ASK_S = 1.0
 
 
 class RegroupFailed(OutlastError):
     """The group cannot go on in memory, so the attempt ends, and the next one resumes from the newest checkpoint."""
 
+    def __init__(self, reason: str) -> None:
+        super().__init__(f"{NOT_IN_MEMORY}: {reason}")
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.message.removeprefix(f"{NOT_IN_MEMORY}: "),)
+
 
 @dataclass(frozen=True, slots=True)
 class Seat:
-    """A process' place in a generation, and the store through which the generation connects itself."""
+    """A process' place in a generation, and the URL of the store or folder through which the generation connects."""
 
     generation: Generation
     rank: int
-    store: tuple[str, int]
+    meeting: str
 
     @property
     def size(self) -> int:
@@ -51,6 +60,7 @@ class Member:
         rank: Its rank in the first generation; None for a spare.
 
     Attributes:
+        outcome: How training has ended, once it has.
         abort: Called by the thread while the generation of the newest seat has ended.
         noticed_at: When this process heard that its generation has ended, in seconds since the epoch.
     """
@@ -62,20 +72,20 @@ class Member:
         self._connection: Connection[Any, Any] = Client(address, family="AF_INET", authkey=key)
         self._changed = threading.Condition()
         self._sending = threading.Lock()
-        self._store: tuple[str, int] | None = None
+        self._meeting = ""
         self._newest: Generation | None = None
         self._begun = self._interrupted = self._arrived = self._seated = -1
         self._failure: RegroupFailed | None = None
-        self._is_done = False
+        self.outcome = ""
         self._lost: list[str] = []
         self._step = 0
         self._send({"kind": "join", "name": name, "rank": rank})
         threading.Thread(target=self._listen, name="outlast-member", daemon=True).start()
 
-    def take_seat(self, within_s: float | None = None) -> Seat | None:
+    def take_seat(self, within_s: float | None = None, is_stopping: Callable[[], bool] = lambda: False) -> Seat | None:
         """Wait for a generation newer than the last one, until all its members have left that one.
 
-        Returns None if training has ended before this process, a spare, was needed.
+        Returns None if training has ended before this process, a spare, was needed, or if `is_stopping` says so.
 
         Raises:
             RegroupFailed: This process is no longer of the group, the roster is gone, or `within_s` seconds are over.
@@ -85,19 +95,19 @@ class Member:
             while True:
                 if self._failure is not None:
                     raise self._failure
-                if self._is_done:
+                if self.outcome:
                     return None
                 newest = self._newest
                 if newest is not None and self._arrived < newest.number and self.name in newest.members:
                     self._arrived = newest.number
                     self._send({"kind": "arrive", "number": newest.number})
-                if newest is not None and self._begun == newest.number > self._seated and self._store is not None:
+                if newest is not None and self._begun == newest.number > self._seated:
                     self._seated = newest.number
-                    return Seat(newest, newest.members.index(self.name), self._store)
-                rest_s = None if deadline is None else deadline - time.monotonic()
-                if rest_s is not None and rest_s <= 0:
+                    return Seat(newest, newest.members.index(self.name), self._meeting)
+                if deadline is not None and time.monotonic() >= deadline:
                     raise RegroupFailed(f"no process replaced {', '.join(self._lost)} within {within_s:g} s")
-                self._changed.wait(rest_s)
+                if not self._changed.wait(_ASK_S) and is_stopping():
+                    return None
 
     def has_ended(self, number: int, within_s: float = 0.0) -> bool:
         """Return whether generation `number` has ended, now or within some seconds. True if the roster is gone."""
@@ -108,9 +118,18 @@ class Member:
         """Pass on, with the next heartbeat, that `step` steps are done."""
         self._step = step
 
-    def finish(self) -> None:
-        """Tell the roster that training has ended as it should. Every rank calls it before it leaves."""
-        self._send({"kind": "done"})
+    def finish(self, outcome: str) -> None:
+        """Tell the roster that training has ended as it should, and how. Every rank calls it before it leaves."""
+        self.outcome = outcome
+        self._send({"kind": "done", "outcome": outcome})
+
+    def fail(self, error: BaseException) -> None:
+        """Tell the roster that an error ends this process' part, which it reports itself."""
+        self._send({"kind": "raised", "error": type(error).__name__})
+
+    def give_up(self, error: BaseException) -> None:
+        """Tell the roster that going on in memory is no help against an error."""
+        self._send({"kind": "give-up", "error": type(error).__name__})
 
     def leave(self) -> None:
         """End the membership; unless training has ended, the others then go on without this process."""
@@ -141,8 +160,8 @@ class Member:
     def _apply(self, message: Mapping[str, Any]) -> None:
         with self._changed:
             match message["kind"]:
-                case "store":
-                    self._store = (message["host"], message["port"])
+                case "meeting":
+                    self._meeting = message["url"]
                 case "generation":
                     lost = tuple(message["lost"])
                     self._newest = Generation(message["number"], tuple(message["members"]), lost)
@@ -151,7 +170,7 @@ class Member:
                 case "begin":
                     self._begun = message["number"]
                 case "done":
-                    self._is_done = True
+                    self.outcome = message["outcome"]
                 case "interrupt":
                     self._lost.append(message["lost"])
                     self._end(message["number"])

@@ -13,6 +13,8 @@ from enum import Enum
 
 #: Generations in a row without a step after which going on in memory is given up: the loss has a cause that remains.
 MAX_WITHOUT_STEP = 10
+#: Processes that raise an error, without a step between them, after which it is given up: the next ones would, too.
+MAX_RAISED = 1
 
 
 class RosterState(Enum):
@@ -47,6 +49,7 @@ class Roster:
         size: World size.
         is_elastic: Whether the group may go on with fewer processes.
         min_size: The fewest with which it goes on.
+        max_size: The most to which it grows; by default, `size`.
 
     Attributes:
         state: What the group is at.
@@ -54,16 +57,17 @@ class Roster:
         spares: Processes without a rank, in the order in which they joined.
     """
 
-    def __init__(self, size: int, *, is_elastic: bool = False, min_size: int = 1) -> None:
-        self._size, self._is_elastic, self._min_size = size, is_elastic, min_size
+    def __init__(self, size: int, *, is_elastic: bool = False, min_size: int = 1, max_size: int | None = None) -> None:
+        self._size, self._is_elastic, self._min_size, self._max_size = size, is_elastic, min_size, max_size or size
         self.state = RosterState.GATHERING
         self.newest: Generation | None = None
         self.spares: list[str] = []
         self._first: dict[int, str] = {}
         self._alive: set[str] = set()
+        self._joined: set[str] = set()
         self._arrived: set[str] = set()
         self._newest_step = -1
-        self._num_without_step = 0
+        self._num_without_step = self._num_raised = 0
 
     @property
     def lost(self) -> tuple[str, ...]:
@@ -73,13 +77,15 @@ class Roster:
     def join(self, name: str, rank: int | None = None) -> None:
         """Add a process: one of the first generation with its rank, or a spare."""
         self._alive.add(name)
+        self._joined.add(name)
         if rank is None or self.newest is not None:
             self.spares.append(name)
         else:
             self._first[rank] = name
 
-    def lose(self, name: str) -> None:
-        """Remove a process that died, is silent, or left."""
+    def lose(self, name: str, *, has_raised: bool = False) -> None:
+        """Remove a process that died, is silent, left, or has raised an error."""
+        self._num_raised += has_raised
         self._alive.discard(name)
         self._arrived.discard(name)
         self.spares = [spare for spare in self.spares if spare != name]
@@ -91,24 +97,32 @@ class Roster:
             if self.state is RosterState.FORMING and self._arrived == set(self.newest.members):
                 self.state = RosterState.RUNNING
 
+    def has_joined(self, name: str) -> bool:
+        """Return whether a process has ever joined."""
+        return name in self._joined
+
     def finish(self) -> None:
         """Record that training has ended: from now on processes leave without being replaced."""
         self.state = RosterState.DONE
 
+    def give_up(self) -> None:
+        """Record that going on in memory is no help."""
+        self.state = RosterState.GIVEN_UP
+
     def step(self, step: int) -> None:
         """Record that a process has done `step` steps."""
         if step > self._newest_step:
-            self._newest_step, self._num_without_step = step, 0
+            self._newest_step, self._num_without_step, self._num_raised = step, 0, 0
 
     def advance(self) -> Generation | None:
         """Return the next generation if one is due; call it after each change."""
         if self.state in (RosterState.GIVEN_UP, RosterState.DONE):
             return None
-        members = self._next_members()
+        members = self._next_members() if self._num_raised <= MAX_RAISED else ()
         if members is None:
             return None
         self._num_without_step += 1
-        if self._num_without_step > MAX_WITHOUT_STEP:
+        if not members or self._num_without_step > MAX_WITHOUT_STEP:
             self.state = RosterState.GIVEN_UP
             return None
         lost = self.lost
@@ -124,14 +138,14 @@ class Roster:
             is_complete = self._first.keys() == set(range(self._size)) and self._alive >= set(self._first.values())
             return tuple(self._first[rank] for rank in range(self._size)) if is_complete else None
         before = self.newest.members
-        may_grow = self._is_elastic and len(before) < self._size and bool(self.spares)
+        may_grow = self._is_elastic and len(before) < self._max_size and bool(self.spares)
         if not self.lost and not may_grow:
             return None
         spares = iter(self.spares)
         seats = [name if name in self._alive else next(spares, None) for name in before]
         if self._is_elastic:
             seats = [name for name in seats if name is not None]
-            seats += [name for name, _ in zip(spares, range(self._size - len(seats)), strict=False)]
+            seats += [name for name, _ in zip(spares, range(self._max_size - len(seats)), strict=False)]
         members = tuple(name for name in seats if name is not None)
         if len(members) == len(seats) and len(members) >= self._min_size:
             return members

@@ -12,11 +12,13 @@ import secrets
 import socket
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
+from dataclasses import dataclass
 from datetime import timedelta
 from multiprocessing import AuthenticationError
 from multiprocessing.connection import Connection, Listener, answer_challenge, deliver_challenge
+from pathlib import Path
 from typing import Any
 
 from torch.distributed import TCPStore
@@ -27,6 +29,16 @@ from outlast.trainers.regrouping.roster import Roster, RosterState
 SILENCE_S = 5.0
 
 
+@dataclass(frozen=True, slots=True)
+class Loss:
+    """A process that was lost."""
+
+    name: str
+    reason: str
+    has_raised: bool  #: an error was raised in it, which it reports itself
+    at: float  #: when it was noticed, in seconds since the epoch
+
+
 class RosterServer:
     """Serves a roster until it is closed.
 
@@ -34,33 +46,56 @@ class RosterServer:
         roster: What is served.
         host: Address to listen on.
         silence_s: Silence after which a process counts as lost.
+        meeting_folder: Directory of the files through which generations connect; without it they do so through a
+            store on `host`, which whoever reaches that address can change.
+        on_loss: Called with each loss, in one of the server's threads.
 
     Attributes:
         address: Where processes connect: host, port.
         key: What they need to connect.
-        losses: Each loss: name, reason, and when it was noticed, in seconds since the epoch.
+        losses: All losses so far.
     """
 
-    def __init__(self, roster: Roster, host: str = "127.0.0.1", silence_s: float = SILENCE_S) -> None:
-        self._roster, self._silence_s = roster, silence_s
-        listening = socket.create_server((host, 0))  # torch's own socket listens on every interface
-        port = listening.getsockname()[1]
-        self._store = TCPStore(
-            host,
-            port,
-            None,
-            True,
-            timeout=timedelta(seconds=60),
-            wait_for_workers=False,
-            master_listen_fd=listening.detach(),
-        )
+    def __init__(
+        self,
+        roster: Roster,
+        host: str = "127.0.0.1",
+        *,
+        silence_s: float = SILENCE_S,
+        meeting_folder: Path | None = None,
+        on_loss: Callable[[Loss], None] = lambda loss: None,
+    ) -> None:
+        self._roster, self._silence_s, self._on_loss = roster, silence_s, on_loss
+        self._store = None if meeting_folder else _open_store(host)
+        folder = meeting_folder and meeting_folder / f"generations-{secrets.token_hex(8)}"
+        self._meeting = folder.as_uri() if folder else f"tcp://{host}:{self._store.port if self._store else 0}"
+        if folder:
+            folder.mkdir(mode=0o700)
         self.key = secrets.token_bytes(32)
         self._listener = Listener((host, 0), family="AF_INET", backlog=64)
         self.address = (str(self._listener.address[0]), int(self._listener.address[1]))
-        self.losses: list[tuple[str, str, float]] = []
+        self.losses: list[Loss] = []
+        self._outcome: str = ""
         self._connections: dict[str, Connection[Any, Any]] = {}
         self._lock = threading.RLock()
         threading.Thread(target=self._accept, name="outlast-roster", daemon=True).start()
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether there is a generation, so that a process that joins now is a spare."""
+        with self._lock:
+            return self._roster.newest is not None
+
+    def has_joined(self, name: str) -> bool:
+        """Return whether a process has ever joined."""
+        with self._lock:
+            return self._roster.has_joined(name)
+
+    @property
+    def has_given_up(self) -> bool:
+        """Whether going on in memory is no help."""
+        with self._lock:
+            return self._roster.state is RosterState.GIVEN_UP
 
     def close(self) -> None:
         """Stop serving."""
@@ -75,7 +110,9 @@ class RosterServer:
         with self._lock:
             if connection := self._connections.get(name):
                 self._send(name, {"kind": "expelled", "reason": reason})
-                self._lose(name, connection, reason)
+                loss = self._lose(name, connection, reason)
+        if connection and loss:
+            self._on_loss(loss)
 
     def _accept(self) -> None:
         while True:
@@ -87,7 +124,7 @@ class RosterServer:
 
     def _serve(self, connection: Connection[Any, Any]) -> None:
         """Handle one process' messages, until it is lost."""
-        name, reason = "", "its connection ended"
+        name, reason, has_raised = "", "its connection ended", False
         with suppress(EOFError, OSError, ValueError, KeyError, AuthenticationError):
             deliver_challenge(connection, self.key)
             answer_challenge(connection, self.key)
@@ -98,19 +135,27 @@ class RosterServer:
                 message = json.loads(connection.recv_bytes())
                 if message["kind"] == "join":
                     name = message["name"]
+                if message["kind"] == "raised":
+                    has_raised, reason = True, message["error"]
+                    break
                 if name:
                     self._handle(name, connection, message)
+        loss = None
         with self._lock:
             if self._connections.get(name) is connection:
-                self._lose(name, connection, reason)
+                loss = self._lose(name, connection, reason, has_raised=has_raised)
+        if loss is not None:
+            self._on_loss(loss)
 
     def _handle(self, name: str, connection: Connection[Any, Any], message: Mapping[str, Any]) -> None:
         with self._lock:
             match message["kind"]:
                 case "join":
                     self._connections[name] = connection
-                    self._send(name, {"kind": "store", "host": self.address[0], "port": self._store.port})
+                    self._send(name, {"kind": "meeting", "url": self._meeting})
                     self._roster.join(name, message["rank"])
+                    if self._roster.state is RosterState.DONE:
+                        self._send(name, {"kind": "done", "outcome": self._outcome})
                     self._advance()
                 case "arrive":
                     was = self._roster.state
@@ -119,30 +164,46 @@ class RosterServer:
                         self._announce("begin")
                 case "done":
                     self._roster.finish()
+                    self._outcome = message["outcome"]
                     for spare in self._roster.spares:
-                        self._send(spare, {"kind": "done"})
+                        self._send(spare, {"kind": "done", "outcome": self._outcome})
+                case "give-up":
+                    self._roster.give_up()
+                    self._expel_all(f"{name} raised {message['error']}")
                 case "beat":
                     self._roster.step(message["step"])
 
-    def _lose(self, name: str, connection: Connection[Any, Any], reason: str) -> None:
-        """Remove a process and tell the others at once, also if the next generation has to wait for a spare."""
+    def _lose(
+        self, name: str, connection: Connection[Any, Any], reason: str, *, has_raised: bool = False
+    ) -> Loss | None:
+        """Remove a process and tell the others at once, also if the next generation has to wait for a spare.
+
+        Returns None once training has ended or going on in memory is given up.
+        """
         del self._connections[name]
         with suppress(OSError):
             connection.close()
-        self.losses.append((name, reason, time.time()))
-        self._roster.lose(name)
-        is_done = self._roster.state is RosterState.DONE
+        self._roster.lose(name, has_raised=has_raised)
+        is_done = self._roster.state in (RosterState.DONE, RosterState.GIVEN_UP)
         if not is_done and self._roster.newest is not None and name in self._roster.newest.members:
             for other in self._roster.newest.members:
                 self._send(other, {"kind": "interrupt", "number": self._roster.newest.number, "lost": name})
         self._advance()
+        if is_done:
+            return None
+        loss = Loss(name, reason, has_raised, time.time())
+        self.losses.append(loss)
+        return loss
 
     def _advance(self) -> None:
         if self._roster.advance() is not None:
             self._announce("generation")
         elif self._roster.state is RosterState.GIVEN_UP:
-            for name in list(self._connections):
-                self._send(name, {"kind": "expelled", "reason": "too many losses without a step"})
+            self._expel_all("several losses without a step between them")
+
+    def _expel_all(self, reason: str) -> None:
+        for name in list(self._connections):
+            self._send(name, {"kind": "expelled", "reason": reason})
 
     def _announce(self, kind: str) -> None:
         newest = self._roster.newest
@@ -155,3 +216,10 @@ class RosterServer:
         with suppress(OSError, ValueError):  # its own thread notices
             if connection := self._connections.get(name):
                 connection.send_bytes(json.dumps(body).encode())
+
+
+def _open_store(host: str) -> TCPStore:
+    listening = socket.create_server((host, 0))  # torch's own socket listens on every interface
+    port = listening.getsockname()[1]
+    limit, descriptor = timedelta(seconds=60), listening.detach()
+    return TCPStore(host, port, None, True, timeout=limit, wait_for_workers=False, master_listen_fd=descriptor)

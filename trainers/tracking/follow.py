@@ -2,7 +2,8 @@
 
 The journal is the source of truth, a tracker is a copy. So a tracker that fails or is slow must never delay training:
 what it cannot take in time is dropped, and that is reported once. A restart continues the same tracker run: steps that
-it has are not sent again, and steps that a killed attempt did not send are taken from the journal.
+it has are not sent again, and steps that a killed attempt did not send are taken from the journal. Where rank 0's
+process goes on in another attempt, so do its trackers.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from outlast.trainers.config.tracking import Name, TrackSettings
 
 if TYPE_CHECKING:
     from outlast.checkpointing.checkpointer import Checkpointer
+    from outlast.checkpointing.run_store.journal import Journal
     from outlast.trainers.tracking.backends import TrackerBackend, Watermark
 
 T = TypeVar("T")
@@ -161,14 +163,15 @@ class Tracking:
     After an error it does not wait: the next attempt sends what is missing.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, journal: Journal | None) -> None:
         self.followers: list[Follower] = []
-        self.base: int | None = None  #: the step that the attempt resumes from, once known
+        self.journal = journal  #: of the newest attempt
+        self.base: int | None = None  #: the step that this process' first attempt begins with, once known
 
     def apply(self, body: Mapping[str, Any]) -> None:
         """Queue an event of rank 0 for all trackers, without blocking."""
         event = events.parse_event({"t": time.time(), **body})
-        if isinstance(event, events.StartEvent | events.ResumeEvent):
+        if isinstance(event, events.StartEvent | events.ResumeEvent | events.RegroupedEvent) and self.base is None:
             self.base = event.step
         if isinstance(event, TrackedEvent):
             for follower in self.followers:
@@ -189,14 +192,18 @@ def follow(
     checkpointer: Checkpointer,
     declared: Mapping[str, Any],
     progress: Callable[[dict[str, Any]], None],
+    before: Tracking | None = None,
 ) -> Tracking:
     """Create the trackers of the settings; none on ranks other than 0.
 
     `declared` are the run's settings as written, flattened; `progress` receives notes about problems, besides the
-    journal.
+    journal; `before` are those of the attempt that this process continues in memory.
     """
-    tracking, journal = Tracking(), checkpointer.journal
-    if journal is None:
+    if before is not None and before.journal is not None and checkpointer.journal is not None:
+        before.journal = checkpointer.journal
+        return before
+    tracking = Tracking(checkpointer.journal)
+    if tracking.journal is None:
         return tracking
     store, attempt = checkpointer.store, checkpointer.attempt
 
@@ -208,8 +215,9 @@ def follow(
         return BACKENDS[name](TrackerContext(store, f"{store.run}-{first.nonce}", declared, settings.project, options))
 
     def report(name: Name, text: str) -> None:
+        assert tracking.journal is not None
         with suppress(StorageError):
-            journal.write(events.TrackerEvent(name=name, message=text))
+            tracking.journal.write(events.TrackerEvent(name=name, message=text))
         progress(events.NoteEvent(text=f"{name}: {text}").to_json())
 
     def past(newest: int) -> Iterator[TrackedEvent]:
@@ -230,6 +238,7 @@ def past_events(store: RunStore, attempt: AttemptId, base: int, newest: int) -> 
     by_attempt: list[list[TrackedEvent]] = []
     for lower in reversed([item for item in list_attempts(store) if item < attempt]):
         begin: int | None = None
+        first = 0
         tracked: list[TrackedEvent] = []
         for body in read_events(store, store.attempt_dir(lower)):  # a journal may be long: never load all of it
             step = body.get("step")
@@ -238,8 +247,10 @@ def past_events(store: RunStore, attempt: AttemptId, base: int, newest: int) -> 
                     case events.StartEvent():
                         begin = -1
                     case events.ResumeEvent(step=base_step):
-                        begin = base_step
-            elif isinstance(step, int) and max(begin + 1, newest) <= step <= base:
+                        begin, first = base_step, base_step + 1
+                    case events.RegroupedEvent(step=base_step):
+                        begin = base_step  # before it, what a lost rank 0 left out
+            elif isinstance(step, int) and max(first, newest) <= step <= base:
                 event = events.parse_event(body)
                 tracked += [event] if isinstance(event, TrackedEvent) else []
         if begin is None:

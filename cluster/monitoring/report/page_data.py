@@ -13,15 +13,16 @@ import numpy as np
 import numpy.typing as npt
 import yaml
 
-from outlast.checkpointing.format.layout import CheckpointRef
+from outlast.checkpointing.format.layout import AttemptId, CheckpointRef
 from outlast.checkpointing.format.manifest import Manifest
 from outlast.checkpointing.run_store import events
-from outlast.checkpointing.run_store.attempt_history import AttemptEnd
+from outlast.checkpointing.run_store.attempt_history import REGROUPED, AttemptEnd
 from outlast.checkpointing.run_store.catalog import Catalog
 from outlast.checkpointing.tools.query import VerificationResult
 from outlast.cluster.formatting import duration
 from outlast.cluster.monitoring.goodput import GoodputReport, TimeCategory, TimeSpan
-from outlast.cluster.monitoring.status import RunSnapshot, interruptions, verified_checkpoints
+from outlast.cluster.monitoring.regroupings import Regrouping
+from outlast.cluster.monitoring.status import RunSnapshot, verified_checkpoints
 from outlast.cluster.monitoring.timeline import Timeline
 from outlast.cluster.monitoring.timeline_records import AttemptTimeline, NoteworthyEvent
 
@@ -83,14 +84,16 @@ def page_data(
         "by_time": _by_time(timeline, begin),
         "scores_by_step": _score_series(attempts),
         "speed": _speed(timeline, begin),
-        "workers": _workers(timeline, begin, summary.now),
-        "markers": list(_markers(timeline, begin)),
+        "workers": _workers(timeline, summary, begin),
+        "markers": list(_markers(timeline, summary, begin)),
         "redone": {"steps": timeline.redone_ranges[-MAX_ROWS:], "time": redone_time[-MAX_ROWS:]},
         "categories": [
             {"name": item.label, "description": item.description, "seconds": report.seconds[item]}
             for item in TimeCategory
         ],
         "spans": _spans(report, begin),
+        "num_regroupings": len(summary.regroupings),
+        "regroupings": [_regrouping_row(item) for item in summary.regroupings[-MAX_ROWS:]],
         **_attempts(timeline),
         "checkpoints": _checkpoints(timeline, catalog, pinned, verdicts, urls),
         "is_verified": verdicts is not None,
@@ -207,14 +210,18 @@ def _speed(timeline: Timeline, begin: float) -> dict[str, Any]:
     return {"x": _rising(x), "y": y, "unit": "tokens/s" if has_tokens else "steps/s"}
 
 
-def _workers(timeline: Timeline, begin: float, now: float) -> dict[str, Any]:
+def _workers(timeline: Timeline, summary: RunSnapshot, begin: float) -> dict[str, Any]:
     """Return the number of workers by seconds since the beginning; each value holds until the next."""
     changes, ends = [(begin, 0)], timeline.ends
+    lost = {item.before: item.ranks or item.lost for item in summary.regroupings}
     for attempt, successor in timeline.attempt_pairs:
         changes.append((attempt.claimed_at, attempt.world_size or 0))
         ended_at = _ended_at(attempt, ends[attempt.id])
-        if ended_at is None:
-            changes.append((now, attempt.world_size or 0))
+        if ends[attempt.id].cause == REGROUPED:  # the others go on
+            num_lost = len(lost.get(str(attempt.id), ()))
+            changes.append((ended_at or attempt.claimed_at, max(0, (attempt.world_size or 0) - num_lost)))
+        elif ended_at is None:
+            changes.append((summary.now, attempt.world_size or 0))
         else:
             changes.append((min(ended_at, successor.claimed_at) if successor else ended_at, 0))
     return {"x": _rising(at - begin for at, _ in changes), "y": [size for _, size in changes]}
@@ -224,24 +231,33 @@ def _ended_at(attempt: AttemptTimeline, end: AttemptEnd) -> float | None:
     return (end.at or attempt.last_step_at or attempt.last_seen_at) if end.is_over else None
 
 
-def _markers(timeline: Timeline, begin: float) -> Iterator[dict[str, Any]]:
-    """Yield the moments at which attempts ended or resumed."""
+def _markers(timeline: Timeline, summary: RunSnapshot, begin: float) -> Iterator[dict[str, Any]]:
+    """Yield the moments at which attempts ended, went on in memory or resumed."""
     by_name, ends = {str(item.id): item for item in timeline.claimed_attempts}, timeline.ends
     last_steps = {item.id: _last_step(item, after) for item, after in timeline.attempt_pairs}
-    for item in interruptions(timeline):
-        attempt = by_name.get(item.attempt)
+    for end_of in summary.interruptions:
+        attempt = by_name.get(end_of.attempt)
         end = ends[attempt.id] if attempt else None
         yield {
             "kind": "end" if end is not None and end.is_planned else "failure",
-            "t": round(item.at - begin, 2),
+            "t": round(end_of.at - begin, 2),
             "step": last_steps[attempt.id] if attempt and attempt.start else None,
-            "attempt": item.attempt,
-            "cause": item.cause,
-            "rank": item.rank,
-            "message": item.message[:1000],
+            "attempt": end_of.attempt,
+            "cause": end_of.cause,
+            "rank": end_of.rank,
+            "message": end_of.message[:1000],
+        }
+    for item in summary.regroupings:
+        yield {
+            "kind": "regroup",
+            "t": round(item.at - begin, 2),
+            "step": item.step,
+            "attempt": item.before,
+            "cause": item.description[:1000],
+            "message": item.outcome,
         }
     for attempt in timeline.claimed_attempts:
-        if attempt.start is not None and attempt.resume_point is not None:
+        if attempt.start is not None and attempt.has_resumed:
             at, cause = round(attempt.start.t - begin, 2), f"attempt {attempt.id.number} resumed"
             yield {"kind": "restore", "t": at, "step": attempt.start_step, "attempt": str(attempt.id), "cause": cause}
 
@@ -303,13 +319,28 @@ def _attempt_row(attempt: AttemptTimeline, end: AttemptEnd, successor: AttemptTi
         "device": claim.get("device"),
         "parallel": claim.get("parallel"),
         "versions": claim.get("versions", {}),
-        "from": attempt.start_step if attempt.resume_point else None,
+        "from": attempt.start_step if attempt.has_resumed else None,
         "has_begun": attempt.start is not None,
         "steps": made,
         "cause": end.cause,
         "is_planned": end.is_planned,
+        "is_regrouped": end.cause == REGROUPED,
+        "in_memory": attempt.regrouped_from is not None,
+        "start_step": attempt.start_step,
         "message": end.message[:1000],
         "where": end.where,
+    }
+
+
+def _regrouping_row(item: Regrouping) -> dict[str, Any]:
+    return {
+        "number": attempt.number if (attempt := AttemptId.parse(item.attempt)) else 0,
+        "at": item.at,
+        "description": item.description[:1000],
+        "outcome": item.outcome,
+        "source": item.source,
+        "step": item.step,
+        "phases": dict(item.phases),
     }
 
 

@@ -10,7 +10,7 @@
     return node;
   };
   const colour = (name) => getComputedStyle(document.documentElement).getPropertyValue(`--${name}`).trim();
-  const CATEGORIES = ["train", "evaluate", "save", "detect", "startup", "restart", "restore", "redo", "wait", "idle"];
+  const CATEGORIES = ["train", "evaluate", "save", "detect", "startup", "regroup", "restart", "restore", "redo", "wait", "idle"];
 
   // -- numbers ------------------------------------------------------------------------------------------------------
   const integer = (n) => n.toLocaleString("en");
@@ -73,8 +73,10 @@
     const evaluated = data.scores.eval_loss;
     tile(data.loss === null ? "–" : digits(data.loss), "loss", evaluated === undefined ? "" : `evaluation ${evaluated === null ? "not finite" : digits(evaluated)}`);
     tile(data.goodput === null ? "–" : share(data.goodput), "goodput", "of the time not idle", true);
-    const ends = data.markers.filter((marker) => marker.kind !== "restore").length;
-    tile(integer(data.num_lost_steps), "steps lost", `in ${ends} interruption${ends === 1 ? "" : "s"}`);
+    const ends = data.markers.filter((marker) => marker.kind === "failure" || marker.kind === "end").length;
+    const counted = (n, noun) => `${integer(n)} ${noun}${n === 1 ? "" : "s"}`;
+    const moments = [ends || !data.num_regroupings ? counted(ends, "interruption") : "", data.num_regroupings ? counted(data.num_regroupings, "regrouping") : ""];
+    tile(integer(data.num_lost_steps), "steps lost", `in ${moments.filter(Boolean).join(", ")}`);
     const rate = data.tokens_per_s ? [short(data.tokens_per_s), "tokens/s"] : data.samples_per_s ? [short(data.samples_per_s), "samples/s"] : ["–", ""];
     tile(rate[0], rate[1] || "speed", data.seconds_per_step ? `${duration(data.seconds_per_step)} per step` : "");
     tile(data.save ? duration(data.save.blocked_s) : "–", "save stall", data.save ? `a save takes ${duration(data.save.commit_s)}` : "no save yet");
@@ -118,7 +120,7 @@
     }
     ctx.restore();
   };
-  const MARKERS = { failure: ["bad", "failure"], end: ["soft", "planned end"], restore: ["good", "resumed"] };
+  const MARKERS = { failure: ["bad", "failure"], regroup: ["regroup", "regrouped"], end: ["soft", "planned end"], restore: ["good", "resumed"] };
   const markerText = (marker) =>
     marker.kind === "restore" ? `${marker.cause} from step ${integer(marker.step)}`
       : marker.cause + (marker.rank === null || marker.rank === undefined ? "" : ` (rank ${marker.rank})`) + (marker.message ? `: ${marker.message.slice(0, 120)}` : "");
@@ -291,9 +293,9 @@
   const attempts = () => {
     const place = $("attempts");
     for (const item of [...data.attempts].reverse()) {
-      const tag = item.cause === "done" ? "done" : !item.cause ? "live" : item.is_planned ? "plain" : "failed";
+      const tag = item.cause === "done" ? "done" : !item.cause ? "live" : item.is_planned || item.is_regrouped ? "plain" : "failed";
       const made = item.steps ? `steps ${integer(item.steps[0])} to ${integer(item.steps[1])}` : "no steps";
-      const from = !item.has_begun ? "ended before it started" : item.from === null ? "from the beginning" : `from checkpoint ${integer(item.from)}`;
+      const from = !item.has_begun ? "ended before it started" : item.in_memory ? `in memory from step ${integer(item.start_step)}` : item.from === null ? "from the beginning" : `from checkpoint ${integer(item.from)}`;
       const spent = (item.ended_at || data.now) - item.claimed_at;
       const versions = Object.entries(item.versions).map(([name, version]) => `${name} ${version}`).join(", ");
       const where = [item.hosts.filter(Boolean).join(", "), item.world_size ? `${item.world_size} worker${item.world_size > 1 ? "s" : ""}` : "", item.device, item.parallel, versions].filter(Boolean).join(" · ");
@@ -307,6 +309,15 @@
         ...notes.slice(-10).map((note) => make("span", "detail", `${when(note.t)}  ${note.event}: ${note.text}`))));
     }
     if (!data.attempts.length) place.append(make("p", "note", "No worker has started yet."));
+  };
+  const regroupings = () => {
+    $("regrouped").hidden = !data.regroupings.length;
+    for (const item of [...data.regroupings].reverse()) {
+      const phases = Object.entries(item.phases).map(([name, seconds]) => `${name} ${duration(seconds)}`).join(", ");
+      const source = item.source === null ? "" : `state of rank ${item.source}, after step ${integer(item.step)}; `;
+      $("regroupings").append(make("div", "card", make("span", "who", `Attempt ${item.number}`), make("span", "how", item.description),
+        make("span", "when", when(item.at)), make("span", "detail", item.outcome), make("span", "detail", source + phases)));
+    }
   };
   const checkpoints = () => {
     const { rows, num_committed: count } = data.checkpoints;
@@ -348,6 +359,7 @@
   scoreCharts();
   timeSpent();
   otherCharts();
+  regroupings();
   attempts();
   checkpoints();
   settings();

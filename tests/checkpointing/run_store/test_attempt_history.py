@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from outlast.checkpointing.checkpointer import Checkpointer
 from outlast.checkpointing.format.layout import AttemptId, CheckpointRef, launch_dir
+from outlast.checkpointing.regrouping_checkpointer import RegroupingCheckpointer
 from outlast.checkpointing.run_store.attempt_history import (
     AttemptEnd,
     AttemptOutcome,
@@ -21,7 +22,8 @@ from outlast.checkpointing.run_store.attempt_history import (
     settings_digest,
 )
 from outlast.checkpointing.run_store.catalog import read_catalog
-from outlast.checkpointing.run_store.events import GroupFailureEvent, parse_event
+from outlast.checkpointing.run_store.claims import REGROUPED_FROM
+from outlast.checkpointing.run_store.events import GroupFailureEvent, RegroupedEvent, parse_event
 from outlast.checkpointing.run_store.journal import Journal
 from outlast.checkpointing.run_store.store import RunStore
 from outlast.checkpointing.storage.local import LocalStorage
@@ -196,6 +198,21 @@ class Life:
         made.flush()
         return made
 
+    def regrouped(self, before: Checkpointer, *saved: int, durable: bool = True) -> Checkpointer:
+        """An attempt that continues `before` in memory; without `durable` its journal is lost with its rank 0."""
+        model, optimizer = small_model()
+        notes = {"settings": SETTINGS, REGROUPED_FROM: str(before.attempt)}
+        made = RegroupingCheckpointer(self.storage, "run", launch=self.launch, notes=notes)
+        made.continue_in_memory(9)
+        assert made.journal
+        if durable:
+            made.journal.write(RegroupedEvent(step=9, attempt=str(before.attempt), lost=("w",), marks={}))
+            made.flush()
+        for step in saved:
+            train_step(model, optimizer, step)
+            assert made.save(step, model, optimizer, {"step": step})
+        return made
+
     def failure(self, attempt: Checkpointer | None, cause: str = "worker died") -> None:
         name = str(attempt.attempt) if attempt else "unclaimed"
         self.failures.write(GroupFailureEvent(attempt=name, cause=cause, rank=1, message="gone"))
@@ -262,6 +279,52 @@ def test_an_attempt_that_its_launch_ended_on_purpose_is_no_failure(storage: Loca
     life.attempt()
     assert endings(storage) == [SETTLED, SILENT]
     assert endings(storage, live=life.launch) == [OPEN, OPEN]
+
+
+@pytest.mark.parametrize("durable", [True, False], ids=["journal", "claim-alone"])
+def test_losses_that_the_group_survived_in_memory_do_not_count(storage: LocalStorage, durable: bool) -> None:
+    life = Life(storage, "20260101-000000-a")
+    made = life.attempt(then="failed", error="the lost rank's own error")
+    for _ in range(50):
+        life.failure(made)
+        made = life.regrouped(made, durable=durable)
+    records = read_attempt_history(RunStore(storage, "run"), live=life.launch)
+    assert [item.end.outcome for item in records] == [SETTLED] * 50 + [OPEN]
+    assert {(item.end.cause, item.end.message, item.end.rank) for item in records[:-1]} == {
+        ("regrouped", "worker died: gone", 1)
+    }
+    limits = RestartLimits(max_failures=0, max_same_step=1, max_preemptions=0)
+    assert decide_give_up(records, limits, MARK) is None
+    life.failure(made)
+    records = read_attempt_history(RunStore(storage, "run"), live=life.launch)
+    assert len(count_failures(records, MARK)) == 1
+    assert decide_give_up(records, RestartLimits(max_failures=1), MARK) is None
+    assert decide_give_up(records, limits, MARK) is not None
+
+
+def test_commits_of_a_regrouped_attempt_are_progress(storage: LocalStorage) -> None:
+    life = Life(storage, "20260101-000000-a")
+    for _ in range(3):
+        life.failure(made := life.attempt())
+    made = life.regrouped(life.regrouped(life.attempt()), 5)
+    made = life.regrouped(made)
+    life.failure(made)
+    records = read_attempt_history(RunStore(storage, "run"))
+    assert [item.commits for item in records] == [(5,), ()]
+    assert len(count_failures(records, MARK)) == 1
+
+
+def test_a_regrouped_attempt_did_not_start_from_a_checkpoint(storage: LocalStorage) -> None:
+    """What the group holds in memory is no sign that the newest checkpoint cannot be started from."""
+    life = Life(storage, "20260101-000000-a")
+    life.failure(life.attempt(1))
+    life.failure(life.attempt(steps=False))
+    made = life.attempt(steps=False)
+    for _ in range(3):
+        life.failure(made)
+        made = life.regrouped(made)
+    life.failure(made)
+    assert checkpoints_to_skip(read_attempt_history(RunStore(storage, "run"))) == set()
 
 
 def test_they_are_read_from_the_last_progress_on(storage: LocalStorage) -> None:

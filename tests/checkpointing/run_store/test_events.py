@@ -24,7 +24,10 @@ from outlast.checkpointing.storage.local import LocalStorage
 #: What 0.1.0 writes of each kind beside `t` and `event`; a key with a question mark is not always there.
 KEYS = {
     "start": "",
-    "resume": "step source committed_at rejected passed_over",
+    "resume": "step source committed_at rejected passed_over memory?",
+    "snapshots-unused": "reasons",
+    "snapshots-off": "reason",
+    "snapshot-interval": "steps blocked_s fenced_s processor_s num_bytes",
     "regrouped": "step attempt? lost source world_size? noticed_at? marks",
     "no-checkpoint": "rejected",
     "changed": "what before now same_bits",
@@ -57,7 +60,7 @@ KEYS = {
     "superseded": "step by",
     "stop": "step",
     "done": "step model",
-    "failure": "attempt noticed_at? cause rank message where? raised? reached? number? limit? ends? excerpt?",
+    "failure": "attempt noticed_at? cause rank message where? raised? reached? in_place? number? limit? ends? excerpt?",
     "resize": "before now planned attempt",
     "no-room": "since?",
     "phase": "name launch? num_steps? num_samples?",

@@ -20,7 +20,7 @@ from outlast.checkpointing.fault_injection import FaultAction, FaultPoint, Fault
 from outlast.checkpointing.storage.local import LocalStorage
 from outlast.cluster.config.run_config import RunConfig
 from outlast.cluster.driver.launch import Launch
-from outlast.cluster.driver.prometheus import GAUGES
+from outlast.cluster.driver.prometheus import COUNTERS, GAUGES
 from outlast.trainers.loop.train_loop import Outcome
 from tests.support.groups.worker_group import losses, resumed, tiny_config
 from tests.trainers.tracking.test_follow import scalars
@@ -40,7 +40,7 @@ def expressions(node: Any) -> Iterator[str]:
 
 def test_the_dashboard_asks_for_what_there_is() -> None:
     asked = {name for text in expressions(json.loads(DASHBOARD.read_text())) for name in re.findall(r"ray_\w+", text)}
-    assert asked == EXPORTED
+    assert asked == EXPORTED | {f"ray_{name}_total" for name in COUNTERS}
 
 
 @pytest.mark.ray

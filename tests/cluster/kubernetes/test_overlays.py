@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 from outlast.checkpointing.errors import ConfigError
 from outlast.cluster.cli.main import app
 from outlast.cluster.config.run_file import load_run
-from outlast.cluster.driver.prometheus import GAUGES
+from outlast.cluster.driver.prometheus import COUNTERS, GAUGES
 from outlast.cluster.kubernetes.kustomize import component_names, write_folder
 from outlast.cluster.kubernetes.lint.linter import lint, read_objects
 from outlast.cluster.kubernetes.render import render, to_yaml
@@ -246,7 +246,7 @@ POD = 'namespace="ml",outlast_run="my-run"'
 def test_rules_use_existing_metrics() -> None:
     asked = set(re.findall(r"\bray_(outlast_\w+)", RULES.read_text()))
     assert asked
-    assert asked <= set(GAUGES)
+    assert asked <= {*GAUGES, *(f"{name}_total" for name in COUNTERS)}
 
 
 @pytest.fixture
@@ -277,6 +277,27 @@ SCENARIOS: dict[str, tuple[dict[str, str], set[str]]] = {
         },
         {"OutlastCrashLoop", "OutlastLowGoodput"},
     ),
+    "losses that the group survives in memory": (
+        {
+            "step": "0+10x120",
+            "step_seconds": "6x120",
+            "checkpoint_time_seconds": "0+60x120",
+            "attempt": "9x30 10x40 11x8 12x8 13x8 14x8 15x8 16x8",
+            'regroupings_total{WorkerId="1"}': "8x30 9x40",
+            'regroupings_total{WorkerId="2"}': "_x71 1x7 2x8 3x8 4x8 5x8 6x8",
+        },
+        set(),
+    ),
+    "crashes beside losses that it survives": (
+        {
+            "step": "0+10x120",
+            "step_seconds": "6x120",
+            "checkpoint_time_seconds": "0+60x120",
+            "attempt": "9x60 10x8 11x8 12x8 13x8 14x8 15x8 17x11",
+            'regroupings_total{WorkerId="1"}': "_x110 1x9",
+        },
+        {"OutlastCrashLoop"},
+    ),
     "most steps are done again and again": (
         {
             "step": "0+10x30 " + " ".join(f"{300 + 10 * turn}+10x5" for turn in range(15)),
@@ -297,9 +318,11 @@ SCENARIOS: dict[str, tuple[dict[str, str], set[str]]] = {
 def test_alerts(tmp_path: Path, promtool: str, scenario: str) -> None:
     series, expected = SCENARIOS[scenario]
     (tmp_path / "rules.yaml").write_text(yaml.safe_dump(yaml.safe_load(RULES.read_text())["spec"]))
-    given = [
-        {"series": f'ray_outlast_{name}{{run="my-run",{POD}}}', "values": values} for name, values in series.items()
-    ]
+    given = []
+    for name, values in series.items():
+        metric, _, labels = name.removesuffix("}").partition("{")
+        labels = f'{labels},run="my-run",{POD}'.removeprefix(",")
+        given.append({"series": f"ray_outlast_{metric}{{{labels}}}", "values": values})
     given.append({"series": f"up{{{POD}}}", "values": "1x29" if scenario == "no pod is left" else "1x120"})
     alerts = ["OutlastCheckpointStale", "OutlastCrashLoop", "OutlastLowGoodput"]
     test = {

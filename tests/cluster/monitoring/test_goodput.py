@@ -18,6 +18,7 @@ from tests.support.timelines import (
     launch,
     make_timeline,
     plan,
+    regrouped,
     resized,
     resume,
     saved,
@@ -197,6 +198,68 @@ UNDISTURBED = (
             id="given-up-before-a-new-step",
         ),
         pytest.param(
+            (
+                launch("a", 0, 40, 0, failure(1, 25.5)),
+                attempt(1, 10, start(11), steps(1, 10, 15)),
+                attempt(2, 26.5, regrouped(26.6, 10), plan(26.7), steps(11, 20, 27), done(39, 20)),
+            ),
+            LATER,
+            40,
+            {"startup": 15, "train": 20, "regroup": 2, "save_stall": 2, "wait": 1},
+            id="a-worker-dies-and-training-goes-on-in-memory",
+        ),
+        pytest.param(
+            (
+                launch("a", 0, 40, 0),
+                attempt(1, 10, start(11), steps(1, 6, 15)),
+                attempt(2, 25.6, regrouped(25.7, 10), launch="a"),
+                attempt(
+                    3,
+                    26.5,
+                    regrouped(26.6, 10, 2, ranks=(0,)),
+                    steps(7, 9, 21, 0.5),
+                    evaluated(9, 22.5, 24.5),
+                    steps(10, 10, 24.5, 0.5),
+                    plan(26.7),
+                    steps(11, 20, 27),
+                    done(39, 20),
+                ),
+            ),
+            LATER,
+            40,
+            {"startup": 15, "train": 18, "evaluate": 2, "regroup": 2, "save_stall": 2, "wait": 1},
+            id="rank-0-is-lost-twice-in-memory-with-its-journal",
+        ),
+        pytest.param(
+            (
+                launch("a", 0, 60, 0, failure(1, 25.5), failure(2, 36)),
+                attempt(1, 10, start(11), steps(1, 10, 15), saved(8, 24)),
+                attempt(2, 26.5, regrouped(26.6, 10), plan(26.7), evaluated(10, 27, 28), steps(11, 15, 30)),
+                attempt(3, 40, resume(42, 8), steps(9, 20, 45), done(57, 20)),
+            ),
+            LATER,
+            60,
+            {
+                "startup": 15,
+                "train": 20,
+                "evaluate": 1,
+                "regroup": 4,
+                "detect": 1,
+                "restart": 4,
+                "restore": 5,
+                "redo": 7,
+                "wait": 3,
+            },
+            id="a-loss-in-memory-and-then-a-restart",
+        ),
+        pytest.param(
+            (launch("a", 0, 26.4), attempt(1, 10, start(11), steps(1, 10, 15)), attempt(2, 25.6, regrouped(25.7, 10))),
+            26.4,
+            26.4,
+            {"startup": 15, "train": 10, "regroup": 1.4},
+            id="regrouping",
+        ),
+        pytest.param(
             (launch("a", 0, 50), attempt(1, 10, start(11), steps(1, 10, 15))),
             52,
             52,
@@ -301,14 +364,16 @@ def test_missing_events_and_wrong_clocks_never_make_time_negative() -> None:
         for number in range(1, chance.randint(2, 5)):
             at, first = number * 40 + chance.uniform(-20, 20), chance.randint(1, 30)
             events = [
-                resume(at + 1, first - 1), *steps(first, first + 9, at + 5), evaluated(first + 4, at + 9, at + 11),
+                chance.choice([resume(at + 1, first - 1), regrouped(at + 1, first + 2, max(1, number - 1))]),
+                *steps(first, first + 9, at + 5), evaluated(first + 4, at + 9, at + 11),
                 *saved(first + 4, at + 12, 0.3), stopped(at + 20, first + 9),
             ]  # fmt: skip
             kept = [event for event in events if chance.random() < 0.8]
             _, claim, _ = attempt(number, at, launch=chance.choice(["a", "b"]))
-            made = make_timeline(attempt(number, at, kept)).claimed_attempts[0]
+            made = timeline.attempt(make_timeline(attempt(number, at)).claimed_attempts[0].id)
             made.claim = claim
-            timeline.attempts[made.id] = made
+            for event in kept:
+                timeline.apply_attempt_events(made, event)
         report = account_time(timeline, 210.0)
         check(report, report.wall_s)
 

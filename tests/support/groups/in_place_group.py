@@ -30,7 +30,7 @@ from outlast.trainers import in_place
 from outlast.trainers.attempt import Assignment
 from outlast.trainers.distributed import process_group
 from outlast.trainers.distributed.world import World
-from outlast.trainers.in_place import run_in_place
+from outlast.trainers.in_place import Environment, run_in_place
 from outlast.trainers.loop.rank_activity import StepPhase
 from outlast.trainers.loop.train_loop import Outcome
 from outlast.trainers.regrouping import peer_state
@@ -130,10 +130,12 @@ def _arm_regrouping(strikes: Sequence[Strike]) -> None:
             setattr(peer_state, "_send_piece", send)  # noqa: B010 - mypy refuses another signature
         if strike.place is Place.REFORMING:
 
-            def form(connections: Any, store: Any, number: int, rank: int, size: int, strike: Strike = strike) -> None:
+            def form(
+                connections: Any, meeting: str, number: int, rank: int, *rest: Any, strike: Strike = strike
+            ) -> None:
                 if (number, rank) == (1, strike.rank):
                     strike.here()
-                connect(connections, store, number, rank, size)
+                connect(connections, meeting, number, rank, *rest)
 
             setattr(in_place, "connect", form)  # noqa: B010
 
@@ -184,17 +186,31 @@ def in_place_group(
     control: Quiet | None = None,
     is_elastic: bool = False,
     silence_s: float = 5.0,
+    meets_by_files: bool = False,
+    device: str = "cpu",
+    backend: str = "gloo",
 ) -> Iterator[InPlaceGroup]:
     """Start a group; at the end whatever still runs is killed."""
-    server = RosterServer(Roster(size, is_elastic=is_elastic), silence_s=silence_s)
     folder = Path(storage.url) / f".in-place-{os.getpid()}-{time.monotonic_ns()}"
     folder.mkdir()
+    meeting_folder = folder if meets_by_files else None
+    roster = Roster(size, is_elastic=is_elastic)
+    server = RosterServer(roster, silence_s=silence_s, meeting_folder=meeting_folder)
     processes, pipes = [], []
     for number in range(size + num_spares):
         mine, theirs = _context.Pipe(duplex=False)
         rank = number if number < size else None
         place = (f"process-{number}", rank, server.address, server.key, str(folder / f"{number}.log"))
-        arguments = (*place, assignment, storage.url, control or Quiet(), theirs, dict(os.environ))
+        arguments = (
+            *place,
+            assignment,
+            storage.url,
+            control or Quiet(),
+            theirs,
+            dict(os.environ),
+            device.format(number),
+            backend,
+        )
         processes.append(_context.Process(target=_work, args=arguments, daemon=True))
         pipes.append((mine, theirs))
     for process in processes:
@@ -222,6 +238,8 @@ def _work(
     control: Quiet,
     pipe: Any,
     environment: dict[str, str],
+    device: str,
+    backend: str,
 ) -> None:
     os.environ.update(environment)
     os.dup2(os.open(log, os.O_CREAT | os.O_WRONLY | os.O_TRUNC), 2)
@@ -233,8 +251,7 @@ def _work(
             assignment,
             open_storage(url),
             lambda: Member(address, key, name, rank),
-            control,
-            torch.device("cpu"),
+            Environment(control, torch.device(device), backend),
             is_spare=rank is None,
         )
         answer = Ended(0, outcome=outcome)

@@ -14,7 +14,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from multiprocessing.process import BaseProcess
@@ -98,10 +98,12 @@ def run_group(
     folder: Path | None = None,
     limit_s: float = GRACE_S,
     device: str = "cpu",
+    nodes: Sequence[Path] | None = None,
 ) -> list[Ended]:
     """Runs one attempt on `size` ranks and returns how each ended, in rank order. They share a `device`.
 
-    A rank that has not ended after `limit_s` hangs, and that is an error.
+    A rank that has not ended after `limit_s` hangs, and that is an error. `nodes` are directories that stand for the
+    shared memory of each rank's node.
     """
     from tests.support.groups.worker_group_rank import work
 
@@ -110,7 +112,8 @@ def run_group(
     for rank in range(size):
         mine, theirs = _context.Pipe(duplex=False)
         here = (rank, size, str(rendezvous), device)
-        arguments = (*here, assignment, storage.url, control or Quiet(), theirs, dict(os.environ))
+        environment = dict(os.environ) | ({"OUTLAST_SNAPSHOTS": str(nodes[rank])} if nodes else {})
+        arguments = (*here, assignment, storage.url, control or Quiet(), theirs, environment)
         processes.append(_context.Process(target=work, args=arguments, daemon=True))
         pipes.append((mine, theirs))
     for process in processes:

@@ -40,7 +40,8 @@ def work(
         dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=size)
         dist.barrier()  # else a rank that is refused at once may be gone before the others are connected with it
     try:
-        pipe.send(Ended(0, outcome=run_attempt(assignment, open_storage(url), World(torch.device(device)), control)))
+        world = World(torch.device(device), node=environment.get("OUTLAST_SNAPSHOTS", ""))
+        pipe.send(Ended(0, outcome=run_attempt(assignment, open_storage(url), world, control)))
     except OutlastError as error:
         with contextlib.suppress(OSError):
             pipe.send(Ended(0, error=error))

@@ -18,8 +18,11 @@ import numpy as np
 import pytest
 
 from outlast.checkpointing.errors import ConfigError
+from outlast.checkpointing.format.layout import AttemptId
 from outlast.checkpointing.run_store.catalog import run_events
+from outlast.checkpointing.run_store.claims import claim
 from outlast.checkpointing.run_store.events import StepEvent, parse_event
+from outlast.checkpointing.run_store.journal import Journal
 from outlast.checkpointing.run_store.store import RunStore
 from outlast.checkpointing.storage.base import read_bytes
 from outlast.checkpointing.storage.factory import open_storage
@@ -28,8 +31,9 @@ from outlast.trainers.attempt import Assignment
 from outlast.trainers.config.tracking import TrackSettings
 from outlast.trainers.loop.train_loop import Outcome
 from outlast.trainers.tracking.backends import Watermark
-from outlast.trainers.tracking.follow import Follower, TrackedEvent, check_trackers, metric_values
+from outlast.trainers.tracking.follow import Follower, TrackedEvent, check_trackers, metric_values, past_events
 from tests.conftest import Reference
+from tests.support.groups.in_place_group import Place, Strike, Striking, in_place_group
 from tests.support.groups.worker_group import Quiet, digests, losses, resumed, run_group
 from tests.support.s3_server import s3_server
 
@@ -126,6 +130,45 @@ def test_missing_steps_are_taken_from_the_journal(assign: Callable[..., Assignme
     assert run(tracked(assign("missed", launch="third"), "tensorboard"), storage) is Outcome.DONE
     assert [event["step"] for event in resumed(storage, "missed")] == [3, 6]
     check_copy(scalars(storage.path("missed/trackers/tensorboard")), storage, "missed")
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_losses_that_the_group_survives_in_memory(
+    rank: int, assign: Callable[..., Assignment], storage: LocalStorage, tmp_path: Path
+) -> None:
+    """The trackers of rank 0 go on with its process, or another process continues the same tracked run."""
+    name = f"tracked-in-memory-{rank}"
+    strikes = [Strike(Place.FORWARD, step, rank, str(tmp_path / f"struck-{step}")) for step in (4, 8)]
+    control = Striking(strikes=strikes)
+    with in_place_group(tracked(assign(name), "tensorboard"), storage, 2, num_spares=2, control=control) as group:
+        ended = group.ended()
+    assert [item and item.outcome for item in ended].count(Outcome.DONE) == 2
+    assert all(Path(strike.record).exists() for strike in strikes)
+    check_copy(scalars(storage.path(f"{name}/trackers/tensorboard")), storage, name)
+
+
+def test_steps_that_a_lost_rank_0_left_out_are_taken_from_the_next_journal(storage: LocalStorage) -> None:
+    """Steps 5 and 6 were made in the first attempt and recorded in the second; the third resumes from step 6."""
+    events: dict[int, list[dict[str, Any]]] = {
+        1: [{"event": "start"}, *({"event": "step", "step": step} for step in range(1, 5))],
+        2: [
+            {"event": "regrouped", "step": 7, "attempt": "0001-0001", "marks": {}},
+            *({"event": "step", "step": step} for step in range(5, 8)),
+            {"event": "plan", "step": 7},
+            {"event": "step", "step": 8},
+        ],
+    }
+    store = RunStore(storage, "left-out")
+    for number, bodies in events.items():
+        attempt = claim(store, {"launch": "first", "claimed_at": float(number)})
+        journal = Journal(storage, store.attempt_dir(attempt), 0)
+        for body in bodies:
+            full = {"loss": 1.0, "lr": 0.1, "grad_norm": 1.0} if body["event"] == "step" else {}
+            journal.write(parse_event({**full, **body}))
+        journal.flush()
+    third = AttemptId(3, "0003")
+    assert [event.step for event in past_events(store.fresh(), third, base=6, newest=-1)] == [1, 2, 3, 4, 5, 6]
+    assert [event.step for event in past_events(store.fresh(), third, base=8, newest=6)] == [6, 7, 8]
 
 
 _NINETY_STEPS = """

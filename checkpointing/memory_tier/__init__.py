@@ -1,0 +1,1 @@
+"""Snapshots of a sharded training in the shared memory of its nodes, which outlives the processes."""
