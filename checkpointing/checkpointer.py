@@ -30,15 +30,9 @@ from outlast.checkpointing.format import layout
 from outlast.checkpointing.format.layout import AttemptId, CheckpointRef
 from outlast.checkpointing.format.manifest import Manifest
 from outlast.checkpointing.restore.load import restore
-from outlast.checkpointing.run_store import attempt_history as history
 from outlast.checkpointing.run_store import claims, events
-from outlast.checkpointing.run_store.catalog import (
-    Catalog,
-    RejectedCheckpoint,
-    build_catalog,
-    check_unread,
-    none_intact,
-)
+from outlast.checkpointing.run_store.attempt_claim import claim_run
+from outlast.checkpointing.run_store.catalog import Catalog, RejectedCheckpoint, check_unread, none_intact
 from outlast.checkpointing.run_store.journal import Journal
 from outlast.checkpointing.run_store.retention_policy import Retention
 from outlast.checkpointing.run_store.store import RunStore
@@ -56,7 +50,6 @@ from outlast.checkpointing.state.rank_group import RankGroup
 from outlast.checkpointing.state.train_state import TrainState
 from outlast.checkpointing.storage.base import Storage
 from outlast.checkpointing.storage.location import Location
-from outlast.checkpointing.storage.retry import retry
 
 
 class Checkpointer:
@@ -120,7 +113,8 @@ class Checkpointer:
         self.journal: Journal | None = None
         self.listener: Callable[[dict[str, Any]], None] = lambda event: None
         self.declaration = dict(declaration or {})
-        claimed = self.ranks.run_on_rank_0(lambda: self._claim({**self.declaration, **(notes or {})}))
+        body = {"launch": launch, "world_size": self.ranks.size, "claimed_at": time.time()}
+        claimed = self._claim({**body, **self.declaration, **(notes or {})})
         self.superseded = claimed is None
         self.catalogue = Catalog(None, (), ())
         self._in_flight = SaveInFlight(run, exit_wait_s, self.close)
@@ -142,19 +136,9 @@ class Checkpointer:
         """The run, with an empty cache."""
         return self._store.fresh()
 
-    # -- claiming ------------------------------------------------------------------------------------------------------
-
-    def _claim(self, declaration: Mapping[str, Any]) -> tuple[AttemptId, Catalog] | None:
-        if claims.launch_is_superseded(self._store, self._launch):
-            return None
-        body = {"launch": self._launch, "world_size": self.ranks.size, "claimed_at": time.time(), **declaration}
-        mine = claims.claim(self._store, body)
-        time.sleep(2 * self._settle_s)
-        now = self.store  # must not use what was read before the claim
-        if max(claims.list_attempts(now), default=mine) > mine:
-            return None
-        records = retry(lambda: history.read_attempt_history(now, live=self._launch, below=mine))
-        return mine, retry(lambda: build_catalog(now, mine, history.checkpoints_to_skip(records)))
+    def _claim(self, body: Mapping[str, Any]) -> tuple[AttemptId, Catalog] | None:
+        """Claim the run; None when superseded. Every rank calls it."""
+        return self.ranks.run_on_rank_0(lambda: claim_run(self.store, self._launch, body, self._settle_s))
 
     # -- resuming ------------------------------------------------------------------------------------------------------
 
@@ -257,7 +241,7 @@ class Checkpointer:
         payload, numbers = self._payload(step, train_state, state, metrics, files)
         self._newest_begun = step
         with self._failure_recorded(step):
-            self.superseded = not self._committer.commit(payload, numbers, self.declaration, began)
+            self.superseded = not self._commit(payload, numbers, began)
         seconds = time.monotonic() - began
         self._record_costs(step, seconds, seconds)
         return not self.superseded
@@ -345,7 +329,10 @@ class Checkpointer:
         """Finish the copy and commit, in the background."""
         copy.run()
         fault_point(FaultPoint.AFTER_SNAPSHOT, payload.step)
-        return self._committer.commit(payload.on_host(copy.parts), metrics, self.declaration, began)
+        return self._commit(payload.on_host(copy.parts), metrics, began)
+
+    def _commit(self, payload: RankPayload, metrics: Mapping[str, float], began: float) -> bool:
+        return self._committer.commit(payload, metrics, self.declaration, began)
 
     @property
     def is_busy(self) -> bool:

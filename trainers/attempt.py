@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import platform
 import socket
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -23,6 +23,7 @@ from outlast.checkpointing.errors import StorageError
 from outlast.checkpointing.format.layout import RECORD
 from outlast.checkpointing.redaction import redact
 from outlast.checkpointing.regrouping_checkpointer import RegroupingCheckpointer
+from outlast.checkpointing.run_store.attempt_claim import Continuation
 from outlast.checkpointing.run_store.claims import REGROUPED_FROM
 from outlast.checkpointing.run_store.events import AttemptErrorEvent
 from outlast.checkpointing.run_store.store import RunStore
@@ -264,21 +265,30 @@ def make_loop(
 
 
 def claim_attempt(
-    assignment: Assignment, storage: Storage, world: World, regrouped_from: str | None = None
+    assignment: Assignment,
+    storage: Storage,
+    world: World,
+    regrouped_from: str | None = None,
+    continues: Continuation | None = None,
+    has_ended: Callable[[], bool] = lambda: False,
 ) -> RegroupingCheckpointer:
-    """Claim the run once its storage answers; the claim lists the workers.
+    """Claim the run once its storage answers, or prepare the claim of a generation; the claim lists the workers.
 
-    `regrouped_from` is the attempt that this one continues in memory. The claim names it, because it is durable at
-    once, unlike the journal, and a loss counts as a failure until it is known that training went on.
+    `regrouped_from` is the attempt that this one continues in memory. The claim names it, because it is durable before
+    the journal, and a loss counts as a failure until it is known that training went on. The others are as in
+    `RegroupingCheckpointer`.
     """
     config = assignment.config
     process = {"rank": world.rank, "host": socket.gethostname(), "node": world.node, "pid": os.getpid()}
     workers = world.gather({**process, "log": world.log, "oom_kills": num_oom_kills(), **host_facts(world.device)})
     store = RunStore(storage, config.name)
-    world.run_on_rank_0(lambda: wait_until_responsive(storage, store.attempts_dir))
+    if continues is None:
+        world.run_on_rank_0(lambda: wait_until_responsive(storage, store.attempts_dir))
     return RegroupingCheckpointer(
         storage,
         config.name,
+        continues=continues,
+        has_ended=has_ended,
         ranks=world,
         launch=assignment.launch,
         declaration=_declaration(assignment, world),

@@ -11,7 +11,7 @@ from __future__ import annotations
 import time
 import traceback
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext, suppress
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -19,8 +19,10 @@ import torch
 from torch import nn
 
 from outlast.checkpointing import fault_injection as faults
-from outlast.checkpointing.checkpointer import Checkpointer
-from outlast.checkpointing.errors import OutlastError, StorageError
+from outlast.checkpointing.errors import OutlastError
+from outlast.checkpointing.format.layout import AttemptId
+from outlast.checkpointing.regrouping_checkpointer import RegroupingCheckpointer
+from outlast.checkpointing.run_store.attempt_claim import Continuation, Origin
 from outlast.checkpointing.run_store.events import RegroupedEvent
 from outlast.checkpointing.storage.base import Storage
 from outlast.trainers.attempt import (
@@ -38,11 +40,10 @@ from outlast.trainers.distributed.determinism import make_deterministic
 from outlast.trainers.distributed.process_group import GenerationWorld, GroupConnections, connect, disconnect
 from outlast.trainers.distributed.world import World
 from outlast.trainers.loop.control import Control
-from outlast.trainers.loop.event_log import recorded_events
 from outlast.trainers.loop.non_finite import NonFiniteError, RolledBack
 from outlast.trainers.loop.optimizer import make_optimizer
 from outlast.trainers.loop.rank_activity import StepPhase
-from outlast.trainers.loop.train_loop import Loop, Outcome
+from outlast.trainers.loop.train_loop import Outcome
 from outlast.trainers.regrouping.membership import CONFIRM_S, Member, RegroupFailed, Seat
 from outlast.trainers.regrouping.peer_state import share_state
 from outlast.trainers.user_code import make_importable
@@ -260,10 +261,16 @@ def _regroup(
     built: BuiltModel | None,
     marks: dict[str, float],
 ) -> PreparedAttempt | None:
-    """Prepare the next attempt in memory; None if a later launch has claimed the run. Every rank calls it."""
+    """Prepare the next attempt in memory; its claim is made in the background. Every rank calls it.
+
+    If no rank holds a state it resumes from the storage; then None if a later launch has claimed the run.
+    """
     loop, tracking = (held.loop, held.tracking) if held is not None else (None, None)
     if not any(world.gather(loop is not None and loop.progress is not None)):
-        return prepare_attempt(assignment, storage, world, control, may_regroup=True, tracking=tracking)
+        prepared = prepare_attempt(assignment, storage, world, control, may_regroup=True, tracking=tracking)
+        if prepared is not None:
+            prepared.checkpointer.origin = Origin(prepared.checkpointer.attempt, seat.generation.number)
+        return prepared
     if built is None:
         built = _build_spare(assignment, storage, world.device)
     faults.arm(assignment.faults, world.rank)
@@ -274,49 +281,55 @@ def _regroup(
     source, state = share_state(world, built.model, optimizer, progress, mine, forget)
     world.has_equal_weights = all(parameter.requires_grad for parameter in built.model.parameters())
     marks["state"] = time.time()
-    checkpointer = claim_attempt(assignment, storage, world, state["attempt"])
-    if checkpointer.superseded:
-        return None
-    control.claimed(str(checkpointer.attempt))
-    marks["claim"] = time.time()
+    continues = Continuation(_origin(state), seat.generation.number, state["step"])
+    checkpointer = claim_attempt(assignment, storage, world, state["attempt"], continues, lambda: world.is_aborted)
     checkpointer.files, checkpointer.naming = built.files, built.naming
     checkpointer.declaration |= state["declared"]
-    checkpointer.continue_in_memory(state["step"])
     make_deterministic(assignment.config.deterministic, state["declared"]["num_threads"])
     options = LoopOptions(may_regroup=True, optimizer=optimizer, tracking=tracking)
     prepared = make_loop(assignment, world, control, checkpointer, built, options)
-    recorded = _recorded(checkpointer, loop, state) if world.rank == 0 else set()
-    if checkpointer.journal is not None:
-        lost = {name: rank for rank, name in enumerate(state["members"]) if name not in seat.generation.members}
-        event = RegroupedEvent(
-            step=state["step"],
-            attempt=state["attempt"],
-            lost=tuple(lost),
-            ranks=tuple(lost.values()),
-            source=source,
-            world_size=world.size,
-            noticed_at=marks.get("noticed"),
-            marks={name: round(at, 4) for name, at in marks.items()},
-        )
-        checkpointer.journal.write(event)
-        checkpointer.listener(event.to_json())
-    prepared.loop.load_in_memory(state, recorded)
+    lost = {name: rank for rank, name in enumerate(state["members"]) if name not in seat.generation.members}
+    began = RegroupedEvent(
+        step=state["step"],
+        attempt=state["attempt"],
+        lost=tuple(lost),
+        ranks=tuple(lost.values()),
+        source=source,
+        world_size=world.size,
+        noticed_at=marks.get("noticed"),
+        marks={name: round(at, 4) for name, at in marks.items()},
+    )
+
+    def claimed() -> None:
+        control.claimed(str(checkpointer.attempt))
+        control.progress(began.to_json())
+
+    kept = prepared.loop.load_in_memory(state)
+    for event in (began, *kept):  # trackers leave out what they have
+        prepared.tracking.apply(event.to_json())
+    checkpointer.go_on_in_memory(began, kept, loop.checkpointer.journal if loop is not None else None, claimed)
+    if prepared.loop.is_over:
+        checkpointer.settle()
     return prepared
 
 
 def _state_of(held: PreparedAttempt) -> dict[str, Any]:
     loop = held.loop
     declared = {name: value for name, value in loop.checkpointer.declaration.items() if name in _DECLARED}
-    attempt = str(loop.checkpointer.attempt)
-    return {**loop.state_in_memory(), "declared": declared, "attempt": attempt, "members": held.members}
+    checkpointer = loop.checkpointer
+    assert isinstance(checkpointer, RegroupingCheckpointer)
+    origin = [str(checkpointer.origin.attempt), checkpointer.origin.generation]
+    return {
+        **loop.state_in_memory(),
+        "declared": declared,
+        "attempt": str(checkpointer.attempt),
+        "origin": origin,
+        "members": held.members,
+    }
 
 
-def _recorded(checkpointer: Checkpointer, before: Loop | None, state: dict[str, Any]) -> set[tuple[str, int]]:
-    """Return kind and step of the kept events that the journals of earlier attempts have, on rank 0."""
-    if before is None or before.checkpointer.journal is None:
-        return recorded_events(checkpointer, state["kept"])
-    with suppress(StorageError):
-        before.checkpointer.flush()
-    newest = checkpointer.accepted[0].ref.step if checkpointer.accepted else -1
-    kept = {(str(event["event"]), int(event["step"])) for event in state["kept"]}
-    return {item for item in kept if item[1] <= newest} | {(event.kind, event.step) for event in before.kept_events}
+def _origin(state: Mapping[str, Any]) -> Origin:
+    name, generation = state["origin"]
+    attempt = AttemptId.parse(name)
+    assert attempt is not None
+    return Origin(attempt, generation)

@@ -34,7 +34,15 @@ from outlast.checkpointing.format.layout import MANIFEST, AttemptId, CheckpointR
 from outlast.checkpointing.format.manifest import Manifest, ManifestError
 from outlast.checkpointing.run_store.claims import list_attempts, list_checkpoints_of
 from outlast.checkpointing.run_store.deletion import deletions
-from outlast.checkpointing.run_store.events import CommitEvent, DeleteEvent, Rejection, parse_event
+from outlast.checkpointing.run_store.events import (
+    CommitEvent,
+    DeleteEvent,
+    EvalEvent,
+    RegroupedEvent,
+    Rejection,
+    StepEvent,
+    parse_event,
+)
 from outlast.checkpointing.run_store.journal import COMMITS, read_events
 from outlast.checkpointing.run_store.store import RunStore
 from outlast.checkpointing.storage.base import Storage, read_bytes
@@ -255,7 +263,21 @@ def _standing_commits(store: RunStore, directory: str) -> set[int]:
 
 
 def run_events(store: RunStore) -> Iterator[tuple[AttemptId, dict[str, Any]]]:
-    """Yield every attempt's events, lowest attempt first. A repeated step appears each time."""
+    """Yield every attempt's events, lowest attempt first. A step that was done again appears each time.
+
+    A step that several attempts record, of which one continues in memory what the other held, appears once: the member
+    that is lost may have recorded it too, before or after the others did so in its place.
+    """
+    newest: dict[str, int] = {}
     for attempt in list_attempts(store):
+        is_first = True
         for event in read_events(store, store.attempt_dir(attempt)):
+            kind, step = str(event["event"]), event.get("step")
+            if is_first and kind != RegroupedEvent.kind:
+                newest.clear()
+            is_first = False
+            if kind in (StepEvent.kind, EvalEvent.kind) and type(step) is int:
+                if step <= newest.get(kind, -1):
+                    continue
+                newest[kind] = step
             yield attempt, event

@@ -62,10 +62,15 @@ def claim(store: RunStore, body: Mapping[str, Any]) -> AttemptId:
     attempts = list_attempts(store.fresh())
     number = attempts[-1].number + 1 if attempts else 1
     mine = AttemptId(number, secrets.token_hex(4))
+    put_claim(store, mine, body)
+    return mine
+
+
+def put_claim(store: RunStore, mine: AttemptId, body: Mapping[str, Any]) -> None:
+    """Write a claim durably. May be repeated with the same body. Raises as `claim`."""
     path, data = f"{store.attempt_dir(mine)}/{CLAIM}", json.dumps(body, indent=1).encode() + b"\n"
     store.storage.put(path, [data])
     check_written(store.storage, path, data)
-    return mine
 
 
 def read_claim(store: RunStore, attempt: AttemptId) -> dict[str, Any]:
@@ -94,13 +99,7 @@ def launch_is_superseded(store: RunStore, launch: str) -> bool:
     now = store.fresh()
 
     def launch_of(attempt: AttemptId) -> str | None:
-        path = f"{now.attempt_dir(attempt)}/{CLAIM}"
-        try:
-            return retry(lambda: read_object(now, path)).get("launch")
-        except NotAFileError:
-            return None
-        except StorageRefused:
-            return ""  # a launch can read its own claims, so this is another one's
+        return read_for_fence(now, attempt)[0]
 
     # A claim without content belongs to no launch. Newest first: one read usually suffices.
     claims = reversed(list_attempts(now))
@@ -108,3 +107,18 @@ def launch_is_superseded(store: RunStore, launch: str) -> bool:
         return False
     with ThreadPoolExecutor(16) as pool:
         return launch in pool.map(launch_of, claims)
+
+
+def read_for_fence(store: RunStore, attempt: AttemptId) -> tuple[str | None, str | None]:
+    """Return the launch of a claim, None if it has no content, and the attempt whose group it is of, if it is of one.
+
+    Raises StorageError.
+    """
+    path = f"{store.attempt_dir(attempt)}/{CLAIM}"
+    try:
+        body = retry(lambda: read_object(store, path))
+    except NotAFileError:
+        return None, None
+    except StorageRefused:
+        return "", None  # a launch can read its own claims, so this is another one's
+    return body.get("launch"), body.get("continues")

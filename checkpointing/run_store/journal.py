@@ -15,7 +15,7 @@ from __future__ import annotations
 import json
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
@@ -66,7 +66,7 @@ class Journal:
         self._segment = 0
         self._lines: list[bytes] = []
         self._num_bytes = 0
-        self._dirty = False
+        self._dirty = self._is_held = self._has_ended = False
         self._flushed_at = time.monotonic()
         self._lock = threading.Lock()
         self._putting = threading.Lock()
@@ -78,15 +78,14 @@ class Journal:
         Raises:
             StorageError: A flush was due and failed permanently, or at all if each event is flushed.
         """
-        body = {name: redact_json(value) for name, value in event.to_json().items()}
-        line = json.dumps({"t": round(time.time(), 4), **body}).encode() + b"\n"
+        line = _to_line(event)
         with self._lock:
             self._lines.append(line)
             self._num_bytes += len(line)
             self._dirty = True
         if self._flush_s and self._putting.locked():
             return  # another thread is flushing, and no caller waits for the journal
-        if time.monotonic() - self._flushed_at >= self._flush_s:
+        if not self._is_held and time.monotonic() - self._flushed_at >= self._flush_s:
             try:
                 self.flush()
             except StorageError as error:
@@ -98,6 +97,8 @@ class Journal:
         """Make all events so far durable. Raises StorageError."""
         with self._putting:  # one put at a time; meanwhile others may add events
             with self._lock:
+                if self._is_held:
+                    return
                 self._flushed_at = time.monotonic()
                 if not self._dirty:
                     return
@@ -115,9 +116,39 @@ class Journal:
                     self._segment, self._lines = self._segment + 1, rest
                     self._num_bytes, self._dirty = sum(map(len, rest)), bool(rest)
 
+    def hold(self) -> None:
+        """Keep all events in memory until `release`, because the directory is not claimed yet."""
+        self._is_held = True
+
+    def release(self, earlier: Sequence[bytes], missed: Sequence[Event]) -> None:
+        """Write the events held, after those that `end` has returned of another journal, and go on as usual.
+
+        `missed` come after the first event. Does nothing once the journal has ended. Raises StorageError.
+        """
+        with self._lock:
+            if self._is_held and not self._has_ended:
+                first, *rest = [*earlier, *self._lines]
+                self._lines = [first, *map(_to_line, missed), *rest]
+                self._num_bytes, self._is_held = sum(map(len, self._lines)), False
+        self.flush()
+
+    def end(self) -> list[bytes]:
+        """Write nothing from now on. Returns the events that are held, or makes those so far durable, if possible."""
+        with suppress(StorageError):
+            self.flush()
+        with self._putting, self._lock:
+            lines = self._lines if self._is_held and not self._has_ended else []
+            self._is_held = self._has_ended = True
+            return lines
+
     def wait(self) -> None:
         if self._compaction is not None:
             self._compaction.wait()
+
+
+def _to_line(event: Event) -> bytes:
+    body = {name: redact_json(value) for name, value in event.to_json().items()}
+    return json.dumps({"t": round(time.time(), 4), **body}).encode() + b"\n"
 
 
 class _Compaction:
@@ -188,7 +219,7 @@ def last_event_at(storage: Storage, directory: str) -> float | None:
 def read_events(storage: ReadableStorage, directory: str, stream: str = EVENTS) -> Iterator[dict[str, Any]]:
     """Yield the events of a directory, each rank's in order; other lines are skipped. Raises StorageError."""
     for events in SegmentReader(storage, directory, stream).new():
-        yield from _parse(events) if isinstance(events, list) else events
+        yield from parse_lines(events) if isinstance(events, list) else events
 
 
 def read_first_and_last(storage: ReadableStorage, directory: str) -> Iterator[dict[str, Any]]:
@@ -205,7 +236,7 @@ def _read(
         if None not in contents:
             break
     for data in contents:
-        yield from _parse((data or b"").splitlines())
+        yield from parse_lines((data or b"").splitlines())
 
 
 class JournalTail:
@@ -222,7 +253,7 @@ class JournalTail:
         """
         reader = self._readers.setdefault(directory, SegmentReader(self._storage, directory, self._stream))
         for events in reader.new():
-            yield from _parse(events) if isinstance(events, list) else events.by_column()
+            yield from parse_lines(events) if isinstance(events, list) else events.by_column()
 
 
 _RANK_0 = f"{EVENTS}-0"
@@ -230,7 +261,8 @@ _ATTEMPTS = 5
 _SLICE = 4096
 
 
-def _parse(lines: list[bytes]) -> Iterator[dict[str, Any]]:
+def parse_lines(lines: list[bytes]) -> Iterator[dict[str, Any]]:
+    """Yield the events of lines; other lines are skipped."""
     for first in range(0, len(lines), _SLICE):
         part = lines[first : first + _SLICE]
         try:

@@ -37,6 +37,7 @@ class Committer:
     the journal durable.
 
     Attributes:
+        ranks: The rank group of commits.
         commits: This attempt's acknowledged commits that are still kept.
         lineage: The checkpoint that the attempt resumed from and the older ones kept with it.
         unread: Checkpoints that could not be read, and may be intact.
@@ -53,7 +54,7 @@ class Committer:
         flush: Callable[[], None],
     ) -> None:
         self._store, self._attempt, self._launch = store, attempt, launch
-        self._ranks, self._retention, self._emit, self._flush = ranks, retention, emit, flush
+        self.ranks, self._retention, self._emit, self._flush = ranks, retention, emit, flush
         self.commits: list[Manifest] = []
         self.lineage: list[Manifest] = []
         self.unread: set[CheckpointRef] = set()
@@ -86,35 +87,35 @@ class Committer:
         ref = CheckpointRef(payload.step, self._attempt)
         directory = self._store.checkpoint_dir(ref)
         try:
-            written = self._ranks.run_on_all(lambda: self._write(directory, payload))
+            written = self.ranks.run_on_all(lambda: self._write(directory, payload))
         except StorageError:
-            self._ranks.run_on_rank_0(lambda: self._discard(ref))
+            self.ranks.run_on_rank_0(lambda: self._discard(ref))
             raise
         fault_point(FaultPoint.BEFORE_MANIFEST, payload.step)
         manifest = Manifest(
             ref=ref,
             lineage=tuple(item.ref for item in self.lineage),
             files=tuple(sorted((entry for entries in written for entry in entries), key=lambda entry: entry.path)),
-            world_size=self._ranks.size,
+            world_size=self.ranks.size,
             metrics=dict(metrics),
             committed_at=time.time(),
             launch=self._launch,
             extra={"declaration": dict(declaration)},
         )
-        acknowledged = self._ranks.run_on_rank_0(lambda: self._publish(manifest, began))
-        if self._ranks.rank:
+        acknowledged = self.ranks.run_on_rank_0(lambda: self._publish(manifest, began))
+        if self.ranks.rank:
             fault_point(FaultPoint.AFTER_MANIFEST, payload.step)
         if not acknowledged:
             return False
         self.commits.append(manifest)
         self._num_acknowledged += 1
         if self._num_acknowledged >= 2:
-            self.commits, self.lineage = self._ranks.run_on_rank_0(self._apply_retention)
+            self.commits, self.lineage = self.ranks.run_on_rank_0(self._apply_retention)
         fault_point(FaultPoint.AFTER_RETENTION, payload.step)
         return True
 
     def _write(self, directory: str, payload: RankPayload) -> list[FileEntry]:
-        entries = write_payload(self._store.storage, directory, self._ranks, payload)
+        entries = write_payload(self._store.storage, directory, self.ranks, payload)
         check_read_back(self._store.storage, directory, entries, is_first=not self._num_acknowledged)
         return entries
 

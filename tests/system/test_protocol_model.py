@@ -10,12 +10,16 @@ import pytest
 
 from outlast.checkpointing.checkpointer import Checkpointer
 from outlast.checkpointing.format.layout import CLAIM, MANIFEST, AttemptId, parse_checkpoint
+from outlast.checkpointing.regrouping_checkpointer import RegroupingCheckpointer
 from outlast.checkpointing.run_store import attempt_history as history
+from outlast.checkpointing.run_store.attempt_claim import Continuation, Origin
+from outlast.checkpointing.run_store.events import RegroupedEvent
 from outlast.checkpointing.run_store.retention_policy import Retention
 from outlast.checkpointing.run_store.store import RunStore
 from outlast.checkpointing.storage.base import Buffer, Entry
 from outlast.checkpointing.storage.local import LocalStorage
-from tests.support.protocol_model import Bounds, Rules, World, advance, explore, number_of, numbered
+from tests.support.protocol_models.generations_model import MemoryRules, explore_generations, go_on
+from tests.support.protocol_models.protocol_model import Bounds, Rules, World, advance, explore, number_of, numbered
 from tests.support.small_model import small_model, train_step
 
 # -- the model holds, and only with its rules --------------------------------------------------------------------------
@@ -74,6 +78,51 @@ def test_what_holds_without(rules: Rules) -> None:
     save, and where the lineage counts among the two that are kept, one commit of its own would do.
     """
     assert not explore(rules, Bounds(attempts=2, saves=3)).problem
+
+
+# -- generations that go on in memory ----------------------------------------------------------------------------------
+
+MEMORY = [
+    Bounds(attempts=2, saves=3),
+    Bounds(attempts=3, saves=1),
+    Bounds(attempts=3, saves=2, damage=False),
+]
+LARGE_MEMORY = [Bounds(attempts=3, saves=2), Bounds(attempts=4, saves=1, damage=False)]
+
+
+@pytest.mark.parametrize("bounds", [*MEMORY, *(pytest.param(bounds, marks=SLOW) for bounds in LARGE_MEMORY)], ids=str)
+def test_generations_in_memory_hold_in_every_world(bounds: Bounds) -> None:
+    found = explore_generations(MemoryRules(), bounds)
+    print(f"{bounds}: {found}")
+    assert not found.problem, found
+    assert found.num_worlds > 10_000
+
+
+BROKEN_IN_MEMORY = {
+    "commits-before-its-claim": MemoryRules(claims_before_commit=False),
+    "does-not-read-after-its-claim": MemoryRules(reads_after_claim=False),
+    "goes-on-beside-a-restart": MemoryRules(others_end_it=False),
+    "goes-on-behind-an-acknowledged-commit": MemoryRules(newer_commit_ends_it=False, restarts=False),
+    "its-number-follows-the-listing": MemoryRules(number_by_generation=False, restarts=False),
+    "a-zombie-acknowledges-without-listing": MemoryRules(list_before_acknowledging=False, restarts=False),
+    "a-zombie-deletes-of-higher-attempts": MemoryRules(sweep="all", restarts=False),
+    "equal-numbers-do-not-supersede": MemoryRules(total_order=False),
+}
+
+
+@pytest.mark.parametrize("rules", BROKEN_IN_MEMORY.values(), ids=BROKEN_IN_MEMORY)
+def test_each_rule_of_generations_is_needed(rules: MemoryRules) -> None:
+    """Run with -s to read how. Each way to harm has a generation in it."""
+    both = (explore_generations(rules, bounds) for bounds in (Bounds(2, 3, damage=False), Bounds(3, 2, damage=False)))
+    found = next((item for item in both if item.problem), None)
+    print(found)
+    assert found is not None
+    assert rules.total_order is False or any("lost a member" in what for _, what, _ in found.trail)
+
+
+def test_a_generation_need_not_list_before_its_claim() -> None:
+    """It spares a zombie the claim, by which it would end the attempt that has taken the run over."""
+    assert not explore_generations(MemoryRules(lists_before_claim=False), Bounds(3, 1, damage=False)).problem
 
 
 # -- the product does what the model does ------------------------------------------------------------------------------
@@ -147,6 +196,13 @@ class Modelled:
 
     def advance(self, attempt: int, saves: int) -> list[str]:
         operations, self.world = advance(self.world, numbered(attempt), saves)
+        return self._in_words(operations, attempt)
+
+    def go_on(self, before: int, attempt: int, step: int, saves: int) -> list[str]:
+        operations, self.world = go_on(self.world, numbered(before), numbered(attempt), step, saves)
+        return self._in_words(operations, attempt)
+
+    def _in_words(self, operations: list[tuple[str, Any]], attempt: int) -> list[str]:
         words = []
         for what, target in operations:
             if what == "list strays":
@@ -173,6 +229,14 @@ class Attempt:
         return self.checkpointer.save(self.step, self.model, self.optimizer, {"step": self.step})
 
 
+def leave_out_history(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def unrecorded(recorded: RunStore, **options: Any) -> list[history.AttemptRecord]:
+        return read_tries(RunStore(LocalStorage(folder), recorded.run), **options)
+
+    read_tries = history.read_attempt_history
+    monkeypatch.setattr(history, "read_attempt_history", unrecorded)
+
+
 def test_the_product_does_what_the_model_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Operation by operation: a run, its heir, the first one's late commit, and the heir's retention and sweep.
 
@@ -180,12 +244,7 @@ def test_the_product_does_what_the_model_does(tmp_path: Path, monkeypatch: pytes
     journals only, between its claim and the choice of its base, and no candidate appears or goes by it.
     """
     storage, model = Recorded(tmp_path), Modelled()
-
-    def unrecorded(recorded: RunStore, **options: Any) -> list[history.AttemptRecord]:
-        return read_tries(RunStore(LocalStorage(tmp_path), recorded.run), **options)
-
-    read_tries = history.read_attempt_history
-    monkeypatch.setattr(history, "read_attempt_history", unrecorded)
+    leave_out_history(tmp_path, monkeypatch)
     first = Attempt(storage, "a")
     assert [first.save() for _ in range(3)] == [True] * 3
     said = storage.said()
@@ -205,4 +264,41 @@ def test_the_product_does_what_the_model_does(tmp_path: Path, monkeypatch: pytes
     assert [heir.save() for _ in range(3)] == [True] * 3
     said = storage.said()
     assert said == model.advance(2, saves=3)
+    assert "delete manifest 1/4" in said, "the late commit was swept"
+
+
+def test_a_generation_does_what_the_model_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Operation by operation: its claim, the late commit of the one before it, and its own retention and sweep.
+
+    What it reads of the journals, to complete its own, is left out.
+    """
+    storage, model = Recorded(tmp_path), Modelled()
+    leave_out_history(tmp_path, monkeypatch)
+    monkeypatch.setattr(RegroupingCheckpointer, "_missed", lambda *_: [])
+    first = Attempt(storage, "a")
+    assert [first.save() for _ in range(3)] == [True] * 3
+    storage.said()
+    model.advance(1, saves=3)
+
+    checkpointer = RegroupingCheckpointer(
+        storage,
+        "run",
+        launch="a",
+        retention=Retention(keep_last=2),
+        continues=Continuation(Origin(first.checkpointer.attempt), 1, step=3),
+    )
+    checkpointer.go_on_in_memory(RegroupedEvent(step=3, marks={}), [], None, lambda: None)
+    checkpointer.settle()
+    said = storage.said()
+    assert said == model.go_on(1, 2, step=3, saves=0)
+    assert said[:3] == ["list claims", "put claim 2", "list claims"]
+
+    assert not first.save()
+    assert storage.said() == model.advance(1, saves=4)
+
+    first.checkpointer = checkpointer
+    first.step = 3
+    assert [first.save() for _ in range(3)] == [True] * 3
+    said = storage.said()
+    assert said == model.go_on(1, 2, step=3, saves=3)
     assert "delete manifest 1/4" in said, "the late commit was swept"

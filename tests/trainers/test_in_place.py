@@ -184,7 +184,8 @@ def test_a_loss_during_a_save(
 ) -> None:
     run = f"ip-save-{point.value}-{rank}-{'background' if overlap else 'blocking'}"
     strike = fault(point, 6, rank, FaultAction.SIGKILL, tmp_path)
-    sections = {"checkpoint": {"overlap": overlap}}
+    # Step 6 is the first to be saved: it would be skipped while an earlier save is in flight.
+    sections = {"checkpoint": {"overlap": overlap, "every": 6}}
     with in_place_group(assign(run, faults=(strike,), sections=sections), storage, 2, num_spares=1) as group:
         ended = group.ended()
     assert Path(strike.record).exists()

@@ -34,6 +34,7 @@ class GroupConnections:
     """The sockets of one generation's groups.
 
     Attributes:
+        is_aborted: Whether they are shut down.
         has_nccl: Whether there are NCCL's communicators too, which it aborts itself.
     """
 
@@ -42,7 +43,7 @@ class GroupConnections:
         self._own: set[str] = set()
         self._before: set[str] | None = None
         self._lock = threading.Lock()
-        self._is_aborted = False
+        self.is_aborted = False
 
     @contextmanager
     def recording(self) -> Iterator[None]:
@@ -55,12 +56,12 @@ class GroupConnections:
             with self._lock:
                 self._own |= {name for _, name in _sockets()} - self._before
                 self._before = None
-            if self._is_aborted:
+            if self.is_aborted:
                 self.abort()
 
     def abort(self) -> None:
         """Shut the sockets down, so that collectives raise, those that wait now and those that begin later."""
-        is_first, self._is_aborted = not self._is_aborted, True
+        is_first, self.is_aborted = not self.is_aborted, True
         if is_first and self.has_nccl:  # not tried on a device
             threading.Thread(target=abort_groups, name="outlast-abort", daemon=True).start()
         with self._lock:
@@ -109,6 +110,11 @@ class GenerationWorld(World):
         self._connections = connections
         with connections.recording():
             super().__init__(device, node, log, marks)
+
+    @property
+    def is_aborted(self) -> bool:
+        """Whether the generation has ended."""
+        return self._connections.is_aborted
 
     def duplicate(self) -> RankGroup:
         with self._connections.recording():

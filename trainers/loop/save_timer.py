@@ -4,6 +4,7 @@ The interval of `every: auto` is an estimate from costs and failures, and must n
 suppressed. A save fails on all ranks or on none, and rank 0 alone reads the clock, so the ranks decide alike.
 """
 
+import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -43,6 +44,7 @@ class SaveTimer:
         self._ignores_next = False
         self._last_save: tuple[float, float] | None = None
         self._history: tuple[float, int] | None = None
+        self._is_in_memory = False
 
     def saved(self, *, urgent: bool) -> None:
         """Record that a save has begun. The costs of an urgent one, which training waits for, are ignored."""
@@ -55,14 +57,23 @@ class SaveTimer:
         return time.monotonic() - self._saved_at
 
     def continue_after(self, waited_s: float) -> None:
-        """Continue another rank's clock."""
-        self._saved_at = time.monotonic() - waited_s
+        """Continue another rank's clock, of a training that goes on in memory and must not wait for the storage."""
+        self._saved_at, self._is_in_memory = time.monotonic() - waited_s, True
 
     def first_step_done(self) -> None:
         """Record how long the start took."""
-        if self._every.unit is IntervalUnit.AUTO:
+        if self._every.unit is not IntervalUnit.AUTO:
+            return
+        if self._is_in_memory:
+            threading.Thread(target=self._measure, name="outlast-save-timer", daemon=True).start()
+        else:
             with suppress(StorageError):  # an estimate must not end a run
                 self._restart_s = self._measure_restart()
+
+    def _measure(self) -> None:
+        with suppress(StorageError):
+            self._history = self._read_history()
+            self._restart_s = self._measure_restart()
 
     def is_due(self) -> bool:
         """Return whether the interval has passed. Never while a save is in flight: another would be skipped."""
@@ -92,9 +103,12 @@ class SaveTimer:
 
     def _between_failures(self) -> float:
         """Return the mean seconds between interruptions. Pauses count as time, and stops as interruptions."""
-        if self._history is None:  # it does not change while this attempt lasts
-            self._history = history_of(self._checkpointer.store, self._checkpointer.attempt)
-        return between_failures(*self._history)
+        if self._history is None and not self._is_in_memory:  # it does not change while this attempt lasts
+            self._history = self._read_history()
+        return between_failures(*(self._history or (time.time(), 1)))
+
+    def _read_history(self) -> tuple[float, int]:
+        return history_of(self._checkpointer.store, self._checkpointer.attempt)
 
     def _measure_restart(self) -> float:
         """Return the seconds from the earlier attempt's newest event, flushed every few seconds, to the first step.

@@ -158,7 +158,7 @@ class Loop:
             self._evaluate()
             self._lacks_first_evaluation = False
         is_first = True
-        while self._unfinished is not None or not self._is_over():
+        while self._unfinished is not None or not self.is_over:
             if self._unfinished is None:
                 self._unfinished = self._update()
                 if is_first:
@@ -175,7 +175,7 @@ class Loop:
             return Outcome.SUPERSEDED
         if is_evaluated := self._evaluation_is_due():
             self._evaluate()
-        is_over = self._is_over()
+        is_over = self.is_over
         if is_over and self.step < self.plan.num_steps:
             self._record_early_stop()
         if not self._save_if_due(agreed, is_evaluated=is_evaluated, is_over=is_over):
@@ -198,11 +198,6 @@ class Loop:
         if not self._is_in_memory:
             return None
         return self.step, len(self.history.entries), int(self._unfinished is None)
-
-    @property
-    def kept_events(self) -> list[events.StepEvent | events.EvalEvent]:
-        """The events of steps and evaluations that may not be durable."""
-        return list(self._log.kept)
 
     def state_in_memory(self) -> dict[str, Any]:
         """Return all that another rank needs to go on from here, besides the tensors."""
@@ -229,12 +224,10 @@ class Loop:
         """Record that this rank holds no state, because its tensors are about to be overwritten."""
         self._is_in_memory = False
 
-    def load_in_memory(self, state: Mapping[str, Any], recorded: Collection[tuple[str, int]] = ()) -> None:
+    def load_in_memory(self, state: Mapping[str, Any]) -> list[events.StepEvent | events.EvalEvent]:
         """Take over `state_in_memory` of any rank, whose tensors are here already. `run` then goes on from there.
 
-        Args:
-            state: The state.
-            recorded: Kind and step of the events that are in the run's journals; rank 0 records the others.
+        Returns the events of steps that may not be in the run's journals.
         """
         self.step, self.metrics = state["step"], dict(state["metrics"])
         self.history.load(state)
@@ -246,7 +239,10 @@ class Loop:
         self._static_graph, self._owes_save = state["static_graph"], state["owes_save"]
         self._save_timer.continue_after(state["waited_s"])
         self._is_in_memory = True
-        self._record(state["kept"], recorded)
+        for event in map(events.parse_event, state["kept"]):
+            assert isinstance(event, events.StepEvent | events.EvalEvent)
+            self._log.keep(event)
+        return list(self._log.kept)
 
     def _record(self, kept: Sequence[Mapping[str, Any]], recorded: Collection[tuple[str, int]]) -> None:
         """Record the kept events of an earlier attempt, unless the run's journals have them."""
@@ -293,7 +289,8 @@ class Loop:
             self._save_timer.first_step_done()
         self._log.write(events.UnderWayEvent(step=self.step, marks=self.world.mark("first_step")))
 
-    def _is_over(self) -> bool:
+    @property
+    def is_over(self) -> bool:
         """Return whether no step is left; the same on all ranks and after a resume."""
         stopping = self.config.train.early_stopping
         too_long = (

@@ -270,7 +270,7 @@ def test_a_killed_rank(
     assert [item.step for item in found] == [4, 8]
     assert found[0].cause == "worker died"
     for item in found:
-        assert set(item.phases) == {"notice", "seat", "group", "state", "claim", "step"}
+        assert set(item.phases) == {"notice", "seat", "group", "state", "step"}
         assert item.seconds == pytest.approx(sum(item.phases.values()), abs=0.01)
     assert [list(item.steps.step) for item in timeline.claimed_attempts] == [
         list(range(1, 5)),

@@ -13,7 +13,7 @@ waits them out between its claim and its second look).
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
@@ -78,6 +78,8 @@ class Attempt(NamedTuple):
     commits: tuple[Ref, ...] = ()
     num_acked: int = 0
     swept: bool = False
+    origin: Key = 0  #: of a generation in memory: the attempt with which its group resumed from the storage
+    generation: int = 0
 
 
 class World(NamedTuple):
@@ -186,7 +188,7 @@ def look(me: Attempt, world: World, rules: Rules) -> Attempt:
 
 def ended(me: Attempt, how: str = "over") -> Attempt:
     """All that matters of it from now on is what it stood on."""
-    return Attempt(me.key, how, base=me.base)
+    return Attempt(me.key, how, base=me.base, origin=me.origin, generation=me.generation)
 
 
 def go_down(me: Attempt, rules: Rules) -> Attempt:
@@ -349,10 +351,12 @@ def stands_on(ref: Ref | None, older: Ref | None, bases: dict[Key, Ref | None]) 
     return False
 
 
+Operate = Callable[[Attempt, World, Rules, int], Step | None]
+
 # -- every world -------------------------------------------------------------------------------------------------------
 
 
-def successors(world: World, rules: Rules, bounds: Bounds) -> Iterator[tuple[Label, World]]:
+def successors(world: World, rules: Rules, bounds: Bounds, operate: Operate = operate) -> Iterator[tuple[Label, World]]:
     for index, me in enumerate(world.attempts):
         step = operate(me, world, rules, bounds.saves) if me.next not in _ENDED else None
         if step is not None:
@@ -360,7 +364,7 @@ def successors(world: World, rules: Rules, bounds: Bounds) -> Iterator[tuple[Lab
             attempts = (*world.attempts[:index], after, *world.attempts[index + 1 :])
             yield (me.key, what, target), changed._replace(attempts=attempts)
     if len(world.attempts) < bounds.attempts:
-        for key in _new_keys(world):
+        for key in free_keys(world, (world.claims[-1] if world.claims else 0) // _NUMBER + 1):
             new = Attempt(key, "claim" if rules.claim_before_reading else "lower")
             attempts = tuple(sorted([*world.attempts, new], key=lambda me: me.key))
             yield (key, "list claims", None), world._replace(attempts=attempts)
@@ -372,9 +376,8 @@ def successors(world: World, rules: Rules, bounds: Bounds) -> Iterator[tuple[Lab
                     yield (0, f"damage to the {part}", item.ref), struck
 
 
-def _new_keys(world: World) -> list[Key]:
-    """The keys that an attempt may get which lists the claims now: one number, and any place among those that race."""
-    number = (world.claims[-1] if world.claims else 0) // _NUMBER + 1
+def free_keys(world: World, number: int) -> list[Key]:
+    """The keys of a number, one for each place among those that race for it."""
     racing = [me.key for me in world.attempts if me.key // _NUMBER == number]
     edges = [number * _NUMBER, *racing, (number + 1) * _NUMBER]
     return [(low + high) // 2 for low, high in pairwise(edges)]
@@ -394,16 +397,20 @@ class Explored:
         return "\n".join([f"{self.problem or 'holds'} ({self.num_worlds:,} worlds, depth {self.depth})", *lines])
 
 
-def explore(rules: Rules, bounds: Bounds) -> Explored:
+Successors = Callable[[World, Rules, Bounds], Iterator[tuple[Label, World]]]
+Problem = Callable[[World, Rules], str]
+
+
+def explore(rules: Rules, bounds: Bounds, successors: Successors = successors, problem: Problem = problem) -> Explored:
     """Breadth first, so that a problem comes with the fewest operations. Worlds seen are remembered by 64-bit hash."""
     gc.disable()  # millions of tuples and no cycle among them: looking for one takes most of the time
     try:
-        return _explore(rules, bounds)
+        return _explore(rules, bounds, successors, problem)
     finally:
         gc.enable()
 
 
-def _explore(rules: Rules, bounds: Bounds) -> Explored:
+def _explore(rules: Rules, bounds: Bounds, successors: Successors, problem: Problem) -> Explored:
     start = World()
     seen = {hash(start)}
     frontier: list[tuple[World, tuple | None]] = [(start, None)]  # type: ignore[type-arg]

@@ -1,0 +1,1 @@
+"""The checkpoint protocol as models whose every state is visited."""
