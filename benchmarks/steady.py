@@ -45,6 +45,14 @@ def assignment(folder: Path, name: str, sizes: Mapping[str, int], steps: int) ->
     return Assignment(config, declared, "first", prepare(config, LocalStorage(folder / "runs")))
 
 
+def train(work: Assignment, storage: LocalStorage, *, is_ready: bool) -> list[Outcome | None]:
+    """Run two workers to the end. Returns how each ended."""
+    if not is_ready:
+        return [item.outcome for item in run_group(work, storage, 2, limit_s=LIMIT_S)]
+    with in_place_group(work, storage, 2) as group:
+        return [item and item.outcome for item in group.ended(LIMIT_S)]
+
+
 def step_s(folder: Path, name: str) -> float:
     """Return the median seconds of a step."""
     events = run_events(RunStore(LocalStorage(folder / "runs"), name))
@@ -66,12 +74,8 @@ def measure(*, quick: bool = False) -> dict[str, Any]:
                 for is_ready in (False, True) if number % 2 else (True, False):
                     name = f"{len(rows)}-{number}-{'ready' if is_ready else 'plain'}"
                     work = assignment(folder, name, sizes, steps)
-                    if is_ready:
-                        with in_place_group(work, storage, 2) as group:
-                            ended = group.ended(LIMIT_S)
-                    else:
-                        ended = run_group(work, storage, 2, limit_s=LIMIT_S)
-                    assert all(item is not None and item.outcome is Outcome.DONE for item in ended), ended
+                    outcomes = train(work, storage, is_ready=is_ready)
+                    assert outcomes == [Outcome.DONE] * 2, outcomes
                     found[is_ready].append(step_s(folder, name))
             ratios = [ready / plain for ready, plain in zip(found[True], found[False], strict=True)]
             rows.append(
