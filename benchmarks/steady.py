@@ -57,13 +57,13 @@ def step_s(folder: Path, name: str) -> float:
     """Return the median seconds of a step."""
     events = run_events(RunStore(LocalStorage(folder / "runs"), name))
     ends = sorted(event["ended_at"] for _, event in events if event["event"] == "step")
-    return statistics.median(later - before for before, later in pairwise(ends[10:]))
+    return float(statistics.median(later - before for before, later in pairwise(ends[10:])))
 
 
 def measure(*, quick: bool = False) -> dict[str, Any]:
     """Runs the benchmark."""
     rounds, steps = (2, 100) if quick else (6, 200)
-    rows = []
+    rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory(prefix="outlast-steady-", dir=os.environ.get("TMPDIR", "/var/tmp")) as place:
         folder = Path(place)
         write_texts(folder / "texts.jsonl")
