@@ -50,7 +50,7 @@ def train(work: Assignment, storage: LocalStorage, *, is_ready: bool) -> list[Ou
     if not is_ready:
         return [item.outcome for item in run_group(work, storage, 2, limit_s=LIMIT_S)]
     with in_place_group(work, storage, 2) as group:
-        return [item and item.outcome for item in group.ended(LIMIT_S)]
+        return [None if item is None else item.outcome for item in group.ended(LIMIT_S)]
 
 
 def step_s(folder: Path, name: str) -> float:
