@@ -8,6 +8,7 @@ computed again from its beginning, and nothing that was applied is done twice.
 
 from __future__ import annotations
 
+import threading
 import time
 import traceback
 from collections.abc import Callable, Mapping
@@ -54,12 +55,21 @@ _CONFIRM_OWN_S = 0.1
 _DECLARED = ("num_threads", "static_graph", "base")
 
 
-@dataclass(frozen=True)
+@dataclass
 class MemberControl:
-    """A `Control` that also tells the roster which step this process is at."""
+    """A `Control` that also tells the roster which step this process is at.
+
+    After `hold`, events wait until the attempt is claimed: before, they would count as the last attempt's.
+    """
 
     inner: Control
     member: Member
+    _held: list[dict[str, Any]] | None = field(default=None, init=False)
+    _lock: threading.Lock = field(default_factory=threading.Lock, init=False)
+
+    def hold(self) -> None:
+        with self._lock:
+            self._held = []
 
     def stop_requested(self) -> bool:
         return self.inner.stop_requested()
@@ -68,7 +78,11 @@ class MemberControl:
         return self.inner.save_requested()
 
     def claimed(self, attempt: str) -> None:
-        self.inner.claimed(attempt)
+        with self._lock:
+            self.inner.claimed(attempt)
+            held, self._held = self._held, None
+            for event in held or ():
+                self.inner.progress(event)
 
     def at(self, phase: StepPhase, step: int) -> None:
         self.member.at_step(step)
@@ -78,7 +92,11 @@ class MemberControl:
         self.inner.worked(seconds)
 
     def progress(self, event: dict[str, Any]) -> None:
-        self.inner.progress(event)
+        with self._lock:
+            if self._held is None:
+                self.inner.progress(event)
+            else:
+                self._held.append({"t": time.time(), **event})
 
 
 @dataclass(frozen=True)
@@ -168,7 +186,7 @@ class _Training:
     assignment: Assignment
     storage: Storage
     environment: Environment
-    control: Control
+    control: MemberControl
     member: Member
     built: BuiltModel | None
     held: PreparedAttempt | None = None
@@ -255,7 +273,7 @@ def _regroup(
     assignment: Assignment,
     storage: Storage,
     world: GenerationWorld,
-    control: Control,
+    control: MemberControl,
     seat: Seat,
     held: PreparedAttempt | None,
     built: BuiltModel | None,
@@ -300,14 +318,14 @@ def _regroup(
         marks={name: round(at, 4) for name, at in marks.items()},
     )
 
-    def claimed() -> None:
-        control.claimed(str(checkpointer.attempt))
+    if world.rank == 0:
+        control.hold()
         control.progress(began.to_json())
-
     kept = prepared.loop.load_in_memory(state)
     for event in (began, *kept):  # trackers leave out what they have
         prepared.tracking.apply(event.to_json())
-    checkpointer.go_on_in_memory(began, kept, loop.checkpointer.journal if loop is not None else None, claimed)
+    before = loop.checkpointer.journal if loop is not None else None
+    checkpointer.go_on_in_memory(began, kept, before, lambda: control.claimed(str(checkpointer.attempt)))
     if prepared.loop.is_over:
         checkpointer.settle()
     return prepared

@@ -34,7 +34,7 @@ def train(
     Ctrl-C and SIGTERM commit a checkpoint first (exit code 75); the second one quits at once.
     """
     from outlast.cluster.config.run_file import load_run
-    from outlast.cluster.driver.signals import respond_to_signals
+    from outlast.cluster.driver.signals import exit_when_interrupted, respond_to_signals
 
     config, declared = load_run(str(run_file), overrides or [])
     options = [part for item in overrides or [] for part in ("-s", item)] + (["--address", address] if address else [])
@@ -65,7 +65,8 @@ def train(
         reporter.print_line("done")
         print_line(f"{config.checkpoint.storage}/{finished.model}")
     elif finished.outcome is Outcome.STOPPED:
-        reporter.print_line(f"stopped, with a committed checkpoint; to resume: {again}")
+        # Not always of the last step: a group that has lost a worker cannot save.
+        reporter.print_line(f"stopped; {exit_when_interrupted(config.store)[1]}; to resume: {again}")
     else:
         taking = "" if of_client else f"; to take it over: {again} --take-over"
         reporter.print_line(f"another launch has this run{taking}")

@@ -266,6 +266,8 @@ def train_to_end(
     model = _link_model(store, final.path) if final else None
     if outcome is Outcome.STOPPED and _is_superseded(store, launch):
         outcome = Outcome.SUPERSEDED
+    elif outcome is Outcome.STOPPED and not build_catalog(store.fresh()).accepted:
+        raise KeyboardInterrupt  # a group that has lost a worker cannot save
     return Finished(outcome, launch, model)
 
 

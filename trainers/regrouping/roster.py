@@ -74,6 +74,11 @@ class Roster:
         """Members of the newest generation that are lost."""
         return tuple(name for name in self.newest.members if name not in self._alive) if self.newest else ()
 
+    @property
+    def raises_again(self) -> bool:
+        """Whether an error comes back without a step between, so that the next processes would raise it, too."""
+        return self._num_raised > MAX_RAISED
+
     def join(self, name: str, rank: int | None = None) -> None:
         """Add a process: one of the first generation with its rank, or a spare."""
         self._alive.add(name)
@@ -118,7 +123,7 @@ class Roster:
         """Return the next generation if one is due; call it after each change."""
         if self.state in (RosterState.GIVEN_UP, RosterState.DONE):
             return None
-        members = self._next_members() if self._num_raised <= MAX_RAISED else ()
+        members = () if self.raises_again else self._next_members()
         if members is None:
             return None
         self._num_without_step += 1

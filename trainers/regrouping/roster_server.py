@@ -97,6 +97,12 @@ class RosterServer:
         with self._lock:
             return self._roster.state is RosterState.GIVEN_UP
 
+    @property
+    def raises_again(self) -> bool:
+        """Whether an error comes back without a step between."""
+        with self._lock:
+            return self._roster.raises_again
+
     def close(self) -> None:
         """Stop serving."""
         with suppress(OSError):

@@ -92,6 +92,7 @@ class InPlaceWorkerGroup(WorkerGroup):  # type: ignore[misc]
         self._settings: InPlaceGroup = self._train_run_context.backend_config
         self._slots: list[_Slot] = []
         self._num_polled = 0
+        self._raised: tuple[int, Any] | None = None  # the newest error of code that outlast did not raise
         self._server: RosterServer | None = None
         self._changing = threading.RLock()
         self._is_closing = False
@@ -158,16 +159,27 @@ class InPlaceWorkerGroup(WorkerGroup):  # type: ignore[misc]
         lost = [rank for rank, each in enumerate(statuses) if each.error is not None and not slots[rank].is_replaced]
         for rank in lost:
             slots[rank].ended = statuses[rank]
-        if lost and not self._may_go_on(lost, statuses):  # the errors that were hidden so far, too
-            return [
-                slot.ended if slot.is_replaced and slot.ended else each
-                for slot, each in zip(slots, statuses, strict=True)
-            ]
+            if isinstance(unwrap_error(statuses[rank].error), RankError):
+                self._raised = rank, statuses[rank]
+        if lost and not self._may_go_on(lost, statuses):
+            return self._with_hidden_errors(slots, statuses)
         for rank in lost:
             self._replace(rank, unwrap_error(statuses[rank].error))
         return [
             WorkerStatus(running=True) if slot.is_replaced else each for slot, each in zip(slots, statuses, strict=True)
         ]
+
+    def _with_hidden_errors(self, slots: list[_Slot], statuses: list[Any]) -> list[Any]:
+        """Return the statuses, with the errors that were hidden from Ray Train so far."""
+        assert self._server is not None
+        found = [
+            slot.ended if slot.is_replaced and slot.ended else each for slot, each in zip(slots, statuses, strict=True)
+        ]
+        if self._server.raises_again and self._raised is not None:
+            rank, status = self._raised
+            if found[rank].error is None:  # the others report their consequence before its process ends
+                found[rank] = status
+        return found
 
     def _may_go_on(self, lost: list[int], statuses: list[Any]) -> bool:
         """Return whether the other workers may go on in memory without those that were lost just now."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,10 +17,13 @@ from outlast.checkpointing.run_store.catalog import run_events
 from outlast.checkpointing.run_store.store import RunStore
 from outlast.checkpointing.storage.local import LocalStorage
 from outlast.cluster.config.run_config import RunConfig
-from outlast.cluster.driver.launch import Launch
+from outlast.cluster.driver.launch import Interrupted, Launch
+from outlast.cluster.fault_tolerance.failure_cause import RunFailed
 from outlast.trainers.loop.train_loop import Outcome
 from tests.conftest import Reference
 from tests.support.groups.worker_group import digests, fault, losses, run_group, tiny_config
+from tests.support.tasks.blocked import BLOCKED_BY
+from tests.support.tasks.raising import MESSAGE
 
 MakeReference = Callable[[int], Reference]
 Made = tuple[RunConfig, dict[str, Any]]
@@ -79,6 +84,8 @@ def test_the_others_go_on(
     kinds = Counter(event["event"] for event in found)
     assert kinds["regrouped"] >= 1
     assert not kinds["resume"], "nobody read a checkpoint"
+    plans = [body["sender"] for body in said if body["event"] == "plan"]
+    assert sorted(plans) == sorted({event["sender"] for event in said if event["event"] == "step"}), "each its own"
     print(case, [event["marks"] for event in found if event["event"] == "regrouped"])
 
 
@@ -93,6 +100,41 @@ def test_an_error_that_every_worker_raises_restarts_the_group(
     assert Launch(config, body, faults=strikes).run().outcome is Outcome.DONE
     kinds = Counter(event["event"] for _, event in run_events(RunStore(storage, run)))
     assert kinds["resume"] == 1
+
+
+@pytest.mark.ray
+@pytest.mark.faults
+def test_an_error_that_comes_back_gives_the_run_up(storage: LocalStorage, text_file: str) -> None:
+    """Whichever rank reports its end first: as soon as without going on in memory, and with the user's error."""
+    config, body = made("in-place-raises", storage, text_file)
+    body["model"] |= {"task": "tests.support.tasks.raising:Raising"}
+    config, said = RunConfig.model_validate(body), list[dict[str, Any]]()
+    launch = Launch(config, body, code=str(Path(__file__).parents[3]), tell=said.append)
+    with pytest.raises(RunFailed, match="the same error twice without a step in between"):
+        launch.run()
+    ends = [event["message"] for event in said if event["event"] == "failure" and not event.get("in_place")]
+    assert len(ends) == 2
+    assert all(MESSAGE in message for message in ends)
+
+
+@pytest.mark.ray
+def test_a_stop_while_a_lost_worker_is_not_replaced(
+    storage: LocalStorage, text_file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing can be saved then, and the launch does not claim that something was."""
+    strike = fault(FaultPoint.STEP, 2, 1, FaultAction.SIGKILL, tmp_path)
+    monkeypatch.setenv(BLOCKED_BY, strike.record)
+    config, body = made("in-place-stop", storage, text_file)
+    body["model"] |= {"task": "tests.support.tasks.blocked:Blocked"}
+    config = RunConfig.model_validate(body)
+
+    def tell(event: dict[str, Any]) -> None:
+        if event["event"] == "failure":
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(Interrupted, match="nothing is saved"):
+        Launch(config, body, code=str(Path(__file__).parents[3]), faults=[strike], tell=tell).run()
+    assert Path(strike.record).exists()
 
 
 @pytest.mark.parametrize(
