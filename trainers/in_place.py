@@ -255,7 +255,8 @@ def _build_spare(assignment: Assignment, storage: Storage, device: torch.device)
 def _rehearse(built: BuiltModel, train: TrainSettings, device: torch.device) -> None:
     """Run one pass and drop its result: the first pass of a process takes several times as long as the next ones."""
     model, buffers = built.model, {name: buffer.clone() for name, buffer in built.model.named_buffers()}
-    batch = built.task.collate(built.data[0].take(range(1)), [0])
+    samples = range(min(train.micro_batch, len(built.data[0])))  # a model may refuse fewer than it will get
+    batch = built.task.collate(built.data[0].take(samples), list(samples))
     was_training = model.training
     model.train()
     built.task.loss_sum(model, {key: value.to(device) for key, value in batch.items()}).backward()  # type: ignore[no-untyped-call]

@@ -8,8 +8,11 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
+from torch import nn
 
 from outlast.checkpointing.fault_injection import FaultAction, FaultPoint, FaultSpec, read_record
 from outlast.checkpointing.format.layout import checkpoint_dir
@@ -59,6 +62,28 @@ def test_without_a_loss_it_is_the_same_run(assign: Assign, storage: LocalStorage
     assert [item and item.outcome for item in ended] == [Outcome.DONE] * 3
     assert_as(storage, "whole", reference(2))
     assert len(list_attempts(RunStore(storage, "whole"))) == 1
+
+
+class Normed(nn.Module):
+    """A model that can only be trained on more than one sample at once."""
+
+    def __init__(self, vocab_size: int, width: int = 16) -> None:
+        super().__init__()
+        self.embed, self.norm = nn.Embedding(vocab_size, width), nn.BatchNorm1d(width)
+        self.out = nn.Linear(width, vocab_size)
+
+    def forward(self, input_ids: torch.Tensor, **_: object) -> SimpleNamespace:
+        hidden = self.embed(input_ids)
+        first = self.norm(hidden[:, 0])
+        return SimpleNamespace(logits=self.out(torch.cat([first[:, None], hidden[:, 1:]], 1)))
+
+
+def test_a_spare_rehearses_with_as_many_samples_as_a_pass_has(assign: Assign, storage: LocalStorage) -> None:
+    model = {"class": f"{__name__}:Normed", "config": {"width": 16}}
+    assignment = assign("ip-normed", sections={"model": model}, micro_batch=2)
+    with in_place_group(assignment, storage, 2, num_spares=1) as group:
+        ended = group.ended()
+    assert [item and item.outcome for item in ended] == [Outcome.DONE] * 3
 
 
 @dataclass(frozen=True)
