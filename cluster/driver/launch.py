@@ -34,7 +34,7 @@ from outlast.cluster.driver.provenance import record_provenance
 from outlast.cluster.driver.ray_data_encode import encode_on_ray
 from outlast.cluster.driver.ray_session import ray_session
 from outlast.cluster.driver.ray_train import Stops, cpus_per_worker, run_workers
-from outlast.cluster.driver.signals import INTERRUPTIONS, exit_when_interrupted, handle_signals, stop_event
+from outlast.cluster.driver.signals import INTERRUPTIONS, exit_when_interrupted, handle_signals, stop_flag
 from outlast.cluster.fault_tolerance.failure_callback import gave_up
 from outlast.cluster.fault_tolerance.failure_cause import RunFailed
 from outlast.cluster.fault_tolerance.restart_policy import decide_give_up
@@ -249,7 +249,7 @@ class Launch:
 
 
 def train_to_end(
-    config: RunConfig, assignment: Assignment, cpus: float, listener: EventListener, stops: Stops = stop_event
+    config: RunConfig, assignment: Assignment, cpus: float, listener: EventListener, stops: Stops = stop_flag
 ) -> Finished:
     """Run the workers in this process to the launch's end. Arguments and errors are those of `run_workers`."""
     store, launch = config.store, assignment.launch

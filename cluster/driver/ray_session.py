@@ -21,7 +21,7 @@ from outlast.checkpointing.run_store.liveness import is_process_alive, process_s
 from outlast.checkpointing.storage.regular_files import read_small_file
 from outlast.checkpointing.storage.retry import call_with_retries, constant_pauses
 from outlast.cluster.driver.embedded_ray import embedded_ray_environment
-from outlast.cluster.driver.signals import interrupt_on_sigterm, stop_event
+from outlast.cluster.driver.signals import interrupt_on_sigterm, stop_flag
 from outlast.cluster.preflight.finding import TOKEN_HINT
 
 OBJECT_STORE_BYTES = 200 * 2**20
@@ -78,7 +78,7 @@ def _init(address: str, **options: Any) -> None:
     """
     _check_answers(address)
     try:
-        with stop_event() as stopping:  # Ray forks: an interruption during that leaves a lock held forever
+        with stop_flag() as stopping:  # Ray forks: an interruption during that leaves a lock held forever
             ray.init(address=address, **options)
     except (AuthenticationError, ConnectionError, RuntimeError) as error:
         if address == "local":

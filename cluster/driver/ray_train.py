@@ -23,7 +23,7 @@ from outlast.cluster.config.run_config import RunConfig, ScaleSettings
 from outlast.cluster.driver.elastic_resize import Resizer, scaling
 from outlast.cluster.driver.in_place.worker_group import InPlaceController, InPlaceGroup
 from outlast.cluster.driver.loopback_group import TorchGroup
-from outlast.cluster.driver.signals import stop_event
+from outlast.cluster.driver.signals import StopFlag, stop_flag
 from outlast.cluster.driver.warm_standby import worker_environment
 from outlast.cluster.driver.worker import train_worker
 from outlast.cluster.fault_tolerance.coordinator import CoordinatorHandle, start_coordinator
@@ -43,7 +43,7 @@ NODES_WAIT_S = 60.0
 #: Set where nodes start only on request, as with the autoscaler of a rendered RayJob: how many seconds to wait.
 WAIT_VARIABLE = "OUTLAST_WAIT_FOR_NODES_S"
 #: Makes the event that a stop request sets.
-Stops = Callable[[], contextlib.AbstractContextManager[threading.Event]]
+Stops = Callable[[], contextlib.AbstractContextManager[StopFlag]]
 POLL_S = 0.5  # Ray Train polls its workers every 2 s by default; with more than 64 of them, less often
 
 
@@ -113,7 +113,7 @@ def run_workers(
     assignment: Assignment,
     cpus: float,
     listener: Callable[[dict[str, Any]], None],
-    stops: Stops = stop_event,
+    stops: Stops = stop_flag,
 ) -> dict[str, Any]:
     """Run the worker group to its end, restarts included. Returns the result of `train_worker`.
 

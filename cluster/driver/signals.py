@@ -1,6 +1,6 @@
 """SIGINT and SIGTERM in the driver's process: the first one requests a stop, the second one interrupts at once.
 
-Handlers must never do work: they set an event or raise, and the main thread does the rest. A thread answers the user,
+Handlers must never do work: they set a flag or raise, and the main thread does the rest. A thread answers the user,
 because the main thread may be in a library that does not return for seconds. Where the driver runs in another thread,
 which cannot set handlers, nothing is changed.
 """
@@ -28,6 +28,23 @@ _ANSWER_S = 1.0
 _STOPPED, _INTERRUPTED = 75, 130
 
 
+class StopFlag:
+    """A flag that a signal's handler may set. It has no lock, unlike `threading.Event`.
+
+    A handler runs in the main thread between two instructions, also those of another handler: if one of them held the
+    lock of an event, the process would wait for itself.
+    """
+
+    def __init__(self) -> None:
+        self._is_set = False
+
+    def is_set(self) -> bool:
+        return self._is_set
+
+    def set(self) -> None:
+        self._is_set = True
+
+
 def exit_when_interrupted(store: RunStore) -> tuple[int, str]:
     """Return the exit code of an interrupted launch, and what of the run is saved."""
     try:
@@ -49,9 +66,9 @@ def interrupt_on_sigterm() -> None:
 
 
 @contextlib.contextmanager
-def stop_event() -> Iterator[threading.Event]:
-    """Yield an event that the first SIGTERM or SIGINT sets; the second one interrupts at once."""
-    stopping = threading.Event()
+def stop_flag() -> Iterator[StopFlag]:
+    """Yield a flag that the first SIGTERM or SIGINT sets; the second one interrupts at once."""
+    stopping = StopFlag()
 
     def handle(signum: int, frame: object) -> None:
         if stopping.is_set():

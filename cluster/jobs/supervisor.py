@@ -29,7 +29,7 @@ from outlast.checkpointing.run_store.liveness import find_active_launch
 from outlast.checkpointing.run_store.store import RunStore
 from outlast.checkpointing.tools.query import find_model
 from outlast.cluster.config.run_config import RunConfig
-from outlast.cluster.driver.signals import handle_signals
+from outlast.cluster.driver.signals import StopFlag, handle_signals
 from outlast.cluster.fault_tolerance.failure_callback import gave_up
 from outlast.cluster.fault_tolerance.restart_policy import GiveUp, count_failures, decide_give_up
 from outlast.cluster.jobs import ray_jobs as jobs
@@ -295,7 +295,7 @@ def supervise(supervisors: Sequence[Supervisor]) -> int:
     Raises:
         OutlastError: That of the first run given up, once all have ended.
     """
-    stopping = threading.Event()
+    stopping = StopFlag()
     with handle_signals(lambda *_: stopping.set()):  # a handler that raises could be interrupted by the next signal
         futures = [_start(item) for item in supervisors]
         while wait(futures, timeout=_SIGNAL_POLL_S).not_done and not stopping.is_set():

@@ -21,7 +21,7 @@ from outlast.checkpointing.run_store.liveness import end_for, open_launch_files
 from outlast.checkpointing.run_store.store import RunStore
 from outlast.checkpointing.storage.factory import open_storage
 from outlast.cluster.driver.ray_session import ray_session
-from outlast.cluster.driver.signals import INTERRUPTIONS, exit_when_interrupted, stop_event
+from outlast.cluster.driver.signals import INTERRUPTIONS, exit_when_interrupted, stop_flag
 
 if TYPE_CHECKING:
     from outlast.cluster.driver.launch import Finished
@@ -72,7 +72,7 @@ class Attachment:
         cursor: int | None = None
         kill_at: float | None = None
         try:
-            with stop_event() as stopping:
+            with stop_flag() as stopping:
                 if stop:
                     stopping.set()
                 while True:

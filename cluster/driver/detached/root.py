@@ -27,7 +27,7 @@ from outlast.checkpointing.run_store import events
 from outlast.checkpointing.run_store.attempt_history import settings_digest
 from outlast.checkpointing.run_store.liveness import LivenessFile
 from outlast.cluster.driver.detached.attachment import root_name
-from outlast.cluster.driver.signals import INTERRUPTIONS
+from outlast.cluster.driver.signals import INTERRUPTIONS, StopFlag
 
 if TYPE_CHECKING:
     from outlast.cluster.config.run_config import RunConfig
@@ -56,7 +56,7 @@ class LaunchRoot:
 
     def __init__(self, idle_s: float) -> None:
         """Wait `idle_s` for the work."""
-        self._stopping, self._ended, self._taken = threading.Event(), threading.Event(), threading.Event()
+        self._stopping, self._ended, self._taken = StopFlag(), threading.Event(), threading.Event()
         self._lock = threading.Lock()
         self._events: deque[dict[str, Any]] = deque(maxlen=_NUM_EVENTS)
         self._num_events = self._num_seen = 0
@@ -123,7 +123,7 @@ class LaunchRoot:
             self._add_event(body)
 
         @contextlib.contextmanager
-        def stops() -> Iterator[threading.Event]:
+        def stops() -> Iterator[StopFlag]:
             yield self._stopping
 
         from outlast.cluster.driver.launch import record_end, train_to_end

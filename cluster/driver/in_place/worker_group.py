@@ -9,6 +9,7 @@ controller's process, because no worker outlives that.
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections.abc import Callable, Collection
@@ -42,6 +43,7 @@ from outlast.cluster.ray_internals import (
 from outlast.trainers.regrouping.roster import Roster
 from outlast.trainers.regrouping.roster_server import Loss, RosterServer
 
+logger = logging.getLogger(__name__)
 #: Replacements of one worker that end before they join the roster, after which the group is restarted instead.
 MAX_EARLY_ENDS = 3
 _RETRY_S, _KILL_S, _JOIN_POLL_S = 1.0, 5.0, 0.05
@@ -228,8 +230,11 @@ class InPlaceWorkerGroup(WorkerGroup):  # type: ignore[misc]
 
         def start() -> None:
             while not self._is_closing:
-                with suppress(RayError, RuntimeError):  # it is lost, too: the next one
+                try:
                     self._start_worker(rank, bundle)
+                except Exception:  # it or its node is lost, too: the next one
+                    logger.info("worker %s was not started", rank, exc_info=True)
+                else:
                     then()
                     return
                 time.sleep(_RETRY_S)

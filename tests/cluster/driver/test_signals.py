@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import queue
 import signal
+import subprocess
+import sys
 
 import pytest
 
@@ -42,3 +44,21 @@ def test_other_signals_are_not_answered() -> None:
     finally:
         signal.signal(signal.SIGUSR1, before)
     assert answers.empty()
+
+
+def test_a_signal_within_the_handler_of_another_does_not_wait_for_it() -> None:
+    """Another process sends them without a pause: many arrive while the handler of one before is at work."""
+    script = (
+        "import os, signal\n"
+        "from outlast.cluster.driver.signals import StopFlag, handle_signals\n"
+        "flag = StopFlag()\n"
+        "with handle_signals(lambda *_: flag.set()):\n"
+        "    if not (sender := os.fork()):\n"
+        "        for count in range(50_000):\n"
+        "            os.kill(os.getppid(), (signal.SIGTERM, signal.SIGINT)[count % 2])\n"
+        "        os._exit(0)\n"
+        "    os.waitpid(sender, 0)\n"
+        "print(flag.is_set())\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+    assert done.stdout == "True\n", done.stderr
