@@ -282,7 +282,7 @@ def _regroup(
     world.has_equal_weights = all(parameter.requires_grad for parameter in built.model.parameters())
     marks["state"] = time.time()
     continues = Continuation(_origin(state), seat.generation.number, state["step"])
-    checkpointer = claim_attempt(assignment, storage, world, state["attempt"], continues, lambda: world.is_aborted)
+    checkpointer = claim_attempt(assignment, storage, world, continues, lambda: world.is_aborted)
     checkpointer.files, checkpointer.naming = built.files, built.naming
     checkpointer.declaration |= state["declared"]
     make_deterministic(assignment.config.deterministic, state["declared"]["num_threads"])
@@ -300,9 +300,9 @@ def _regroup(
         marks={name: round(at, 4) for name, at in marks.items()},
     )
 
-    def claimed() -> None:
+    def claimed(before: AttemptId) -> None:
         control.claimed(str(checkpointer.attempt))
-        control.progress(began.to_json())
+        control.progress(replace(began, attempt=str(before)).to_json())
 
     kept = prepared.loop.load_in_memory(state)
     for event in (began, *kept):  # trackers leave out what they have
