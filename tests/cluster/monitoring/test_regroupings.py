@@ -72,7 +72,7 @@ def test_a_loss_is_told_with_its_cause_and_its_phases() -> None:
         seconds=3.0,
         phases=found.phases,
     )
-    expected = {"notice": 1.0, "seat": 0.05, "group": 0.05, "state": 0.2, "claim": 0.2, "step": 1.5}
+    expected = {"notice": 1.0, "seat": 0.05, "group": 0.05, "state": 0.2, "step": 1.7}
     assert dict(found.phases) == pytest.approx(expected)
     assert sum(found.phases.values()) == pytest.approx(found.seconds)
     assert f"{found.description}; {found.outcome}" == (
