@@ -27,6 +27,7 @@ from outlast.trainers.regrouping.roster import Roster, RosterState
 
 #: Longest silence of a process that sends a heartbeat every `membership.BEAT_S`.
 SILENCE_S = 5.0
+_RETRY_S = 0.05
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +37,7 @@ class Loss:
     name: str
     reason: str
     has_raised: bool  #: an error was raised in it, which it reports itself
+    is_silent: bool  #: it exists, as far as is known
     at: float  #: when it was noticed, in seconds since the epoch
 
 
@@ -75,7 +77,8 @@ class RosterServer:
         self._listener = Listener((host, 0), family="AF_INET", backlog=64)
         self.address = (str(self._listener.address[0]), int(self._listener.address[1]))
         self.losses: list[Loss] = []
-        self._outcome: str = ""
+        self._outcome = ""
+        self._is_closed = False
         self._connections: dict[str, Connection[Any, Any]] = {}
         self._lock = threading.RLock()
         threading.Thread(target=self._accept, name="outlast-roster", daemon=True).start()
@@ -99,8 +102,9 @@ class RosterServer:
 
     def close(self) -> None:
         """Stop serving."""
-        with suppress(OSError):
-            self._listener.close()
+        self._is_closed = True
+        with suppress(OSError):  # wakes up `accept`, which the end of the listening socket does not
+            socket.create_connection(self.address, timeout=1.0).close()
         with self._lock:
             for connection in self._connections.values():
                 connection.close()
@@ -115,22 +119,24 @@ class RosterServer:
             self._on_loss(loss)
 
     def _accept(self) -> None:
-        while True:
+        while not self._is_closed:
             try:
                 connection = self._listener.accept()
             except OSError:
-                return
+                time.sleep(_RETRY_S)  # the connection ended at once, or there are too many
+                continue
             threading.Thread(target=self._serve, args=(connection,), daemon=True).start()
+        self._listener.close()
 
     def _serve(self, connection: Connection[Any, Any]) -> None:
         """Handle one process' messages, until it is lost."""
-        name, reason, has_raised = "", "its connection ended", False
+        name, reason, has_raised, is_silent = "", "its connection ended", False, False
         with suppress(EOFError, OSError, ValueError, KeyError, AuthenticationError):
             deliver_challenge(connection, self.key)
             answer_challenge(connection, self.key)
             while True:
                 if not connection.poll(self._silence_s):
-                    reason = f"silent for {self._silence_s:g} s"
+                    is_silent, reason = True, f"silent for {self._silence_s:g} s"
                     break
                 message = json.loads(connection.recv_bytes())
                 if message["kind"] == "join":
@@ -143,7 +149,7 @@ class RosterServer:
         loss = None
         with self._lock:
             if self._connections.get(name) is connection:
-                loss = self._lose(name, connection, reason, has_raised=has_raised)
+                loss = self._lose(name, connection, reason, has_raised=has_raised, is_silent=is_silent)
         if loss is not None:
             self._on_loss(loss)
 
@@ -174,7 +180,13 @@ class RosterServer:
                     self._roster.step(message["step"])
 
     def _lose(
-        self, name: str, connection: Connection[Any, Any], reason: str, *, has_raised: bool = False
+        self,
+        name: str,
+        connection: Connection[Any, Any],
+        reason: str,
+        *,
+        has_raised: bool = False,
+        is_silent: bool = False,
     ) -> Loss | None:
         """Remove a process and tell the others at once, also if the next generation has to wait for a spare.
 
@@ -191,7 +203,7 @@ class RosterServer:
         self._advance()
         if is_done:
             return None
-        loss = Loss(name, reason, has_raised, time.time())
+        loss = Loss(name, reason, has_raised, is_silent, time.time())
         self.losses.append(loss)
         return loss
 

@@ -9,6 +9,7 @@ controller's process, because no worker outlives that.
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections.abc import Callable, Collection
@@ -42,6 +43,7 @@ from outlast.cluster.ray_internals import (
 from outlast.trainers.regrouping.roster import Roster
 from outlast.trainers.regrouping.roster_server import Loss, RosterServer
 
+_LOGGER = logging.getLogger(__name__)
 #: Replacements of one worker that end before they join the roster, after which the group is restarted instead.
 MAX_EARLY_ENDS = 3
 _RETRY_S, _KILL_S, _JOIN_POLL_S = 1.0, 5.0, 0.05
@@ -141,8 +143,8 @@ class InPlaceWorkerGroup(WorkerGroup):  # type: ignore[misc]
         """Replace a worker as soon as the roster has lost it. One that raised an error reports that to Ray first."""
         rank = next((rank for rank, slot in enumerate(self._slots) if slot.name == loss.name), None)
         if rank is not None and not loss.has_raised:
-            silent = SilentWorker(f"its process was {loss.reason}") if "silent" in loss.reason else None
-            self._replace(rank, silent or RayActorError())
+            error = SilentWorker(f"its process was {loss.reason}") if loss.is_silent else RayActorError()
+            self._replace(rank, error)
 
     def _poll_workers_and_collect_errors(self, timeout: float | None) -> list[Any]:
         """Return the workers' statuses, as Ray Train's controller is to see them."""
@@ -150,7 +152,7 @@ class InPlaceWorkerGroup(WorkerGroup):  # type: ignore[misc]
         self._leave_draining_nodes()
         statuses = super()._poll_workers_and_collect_errors(timeout)
         slots = self._slots[: len(statuses)]
-        if any(ended := [each for each in statuses if not each.running and each.error is None]):
+        if ended := [each for each in statuses if not each.running and each.error is None]:
             # The run has ended as it should: a worker that was lost before has no part in it.
             return [
                 ended[0] if slot.is_replaced or each.error else each for slot, each in zip(slots, statuses, strict=True)
@@ -216,10 +218,12 @@ class InPlaceWorkerGroup(WorkerGroup):  # type: ignore[misc]
 
         def start() -> None:
             while not self._is_closing:
-                with suppress(RayError, RuntimeError):  # it is lost, too: the next one
+                try:
                     self._start_worker(rank, bundle)
                     then()
                     return
+                except (RayError, RuntimeError) as error:  # it is lost, too: the next one
+                    _LOGGER.warning("a replacement of worker %d did not start: %s", rank, error)
                 time.sleep(_RETRY_S)
 
         threading.Thread(target=start, name=f"outlast-worker-{rank}", daemon=True).start()
