@@ -64,6 +64,12 @@ class RegroupingCheckpointer(Checkpointer):
         self._body = body
         return self.ranks.broadcast(self._continues.new_attempt()), Catalog(None, (), ())
 
+    @property
+    def _continuation(self) -> Continuation:
+        if self._continues is None:
+            raise RuntimeError("this attempt resumes from the storage")
+        return self._continues
+
     def continue_in_memory(self, step: int) -> None:
         """Continue from a snapshot of the state after `step` steps, in place of `resume`. Every rank calls it.
 
@@ -100,9 +106,8 @@ class RegroupingCheckpointer(Checkpointer):
             before: This process' journal of an earlier attempt in memory, which ends.
             on_claimed: Called on rank 0, in another thread, once the run is claimed, with the attempt continued.
         """
-        assert self._continues is not None
         self._has_resumed = True
-        self._newest_begun = self._continues.step - 1
+        self._newest_begun = self._continuation.step - 1
         if self.journal is not None:
             self._before, self._kept, self._on_claimed = before, kept, on_claimed
             self.journal.hold()
@@ -124,14 +129,14 @@ class RegroupingCheckpointer(Checkpointer):
 
     def _claim_now(self) -> Catalog | None:
         """Claim the run and complete the journal; may be called again after a failure. None when superseded."""
-        assert self._continues is not None
-        assert self.journal is not None
+        if self.journal is None:
+            raise RuntimeError("rank 0 claims for all")
         if self._before is not None:
             self._earlier, self._before = self._before.end(), None
         wait_until_responsive(self._store.storage, self._store.attempts_dir)
         if self._has_ended():
             raise StorageError("the generation has ended before its claim")
-        claimed = claim_generation(self.store, self.attempt, self._continues, self._body, self._settle_s)
+        claimed = claim_generation(self.store, self.attempt, self._continuation, self._body, self._settle_s)
         if claimed is None:
             return None
         before, catalog = claimed

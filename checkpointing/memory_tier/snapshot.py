@@ -91,7 +91,8 @@ class Snapshot:
             raise DamagedError("the description of a snapshot is damaged")
         values = json.loads(body)
         attempt = AttemptId.parse(values["attempt"])
-        assert attempt is not None
+        if attempt is None:
+            raise DamagedError("the description of a snapshot is damaged")
         shards = {
             kind: {name: StoredShard.parse(item) for name, item in values[kind].items()}
             for kind in ("weights", "moments")

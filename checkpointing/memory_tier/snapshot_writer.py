@@ -37,6 +37,12 @@ class _Place:
     file: SharedBuffer | None = None
     snapshot: Snapshot | None = None
 
+    @property
+    def memory(self) -> SharedBuffer:
+        if self.file is None:
+            raise RuntimeError("no memory is reserved for this snapshot")
+        return self.file
+
 
 @dataclass(frozen=True, slots=True)
 class SnapshotCosts:
@@ -128,8 +134,8 @@ class SnapshotWriter:
             name = f"{self._attempt}.{self._ranks.rank}-{self._num_files}.data"
             place.file, self._num_files = SharedBuffer(self._folder.path / name, num_bytes), self._num_files + 1
             if is_on_device:
-                pin(place.file.buffer)
-        return place.file.buffer
+                pin(place.memory.buffer)
+        return place.memory.buffer
 
     def _release(self) -> None:
         for place in (*self._own, *self._others):
@@ -170,8 +176,7 @@ class SnapshotWriter:
         self._num_bytes = snapshot.num_bytes
         buffer = self._fit(place, snapshot.num_bytes, is_on_device=train_state.is_on_device)
         self._fit(other, self._buddy_bytes)
-        assert place.file is not None
-        snapshot = replace(snapshot, data=place.file.path.name)
+        snapshot = replace(snapshot, data=place.memory.path.name)
         weights = {f"w/{name}" for name in train_state.changed_by_forward(snapshot.weights)}
         now = weights if train_state.optimizer is not None else parts
         copy = begin_copy(buffer, parts, now)
@@ -203,13 +208,12 @@ class SnapshotWriter:
         began = time.thread_time()
         copy.run()
         fault_point(FaultPoint.AFTER_SNAPSHOT, snapshot.step)
-        assert place.file is not None
         state = encode() if self._ranks.rank == 0 else ""
-        digest = data_digest(place.file.buffer[: snapshot.num_bytes])
+        digest = data_digest(place.memory.buffer[: snapshot.num_bytes])
         place.snapshot = replace(snapshot, state=state, xxh3_128=digest)
         self._folder.publish(place.snapshot)
         if self._group is not None:
-            self._exchange(place.snapshot, place.file.buffer, other)
+            self._exchange(place.snapshot, place.memory.buffer, other)
         self._processor_s = time.thread_time() - began
         return True
 
@@ -223,16 +227,16 @@ class SnapshotWriter:
         self._swap(text, received)
         theirs = Snapshot.parse(received.numpy().tobytes())
         buffer = self._fit(place, theirs.num_bytes)
-        assert place.file is not None
         for begin in range(0, max(mine.num_bytes, theirs.num_bytes), _CHUNK_BYTES):
             end = begin + _CHUNK_BYTES
             self._swap(data[: mine.num_bytes][begin:end], buffer[: theirs.num_bytes][begin:end])
         theirs.check(buffer)
-        place.snapshot = theirs.held_by(self._ranks.rank, place.file.path.name)
+        place.snapshot = theirs.held_by(self._ranks.rank, place.memory.path.name)
         self._folder.publish(place.snapshot)
 
     def _swap(self, outgoing: torch.Tensor, incoming: torch.Tensor) -> None:
-        assert self._group is not None
+        if self._group is None:
+            raise RuntimeError("there is no buddy")
         rank, size, group = self._ranks.rank, self._ranks.size, self._group.group
         works = []
         if outgoing.numel():

@@ -16,7 +16,7 @@ from typing import Any
 from ray.exceptions import RayError
 
 from outlast.checkpointing.errors import OutlastError
-from outlast.checkpointing.run_store.events import CommitEvent, StepEvent, parse_event
+from outlast.checkpointing.run_store.events import CommitEvent, PlanEvent, StepEvent, parse_event
 from outlast.cluster.fault_tolerance.coordinator import CALL_TIMEOUT_S, find_coordinator
 from outlast.cluster.fault_tolerance.preemption_saves import PreemptionWatch
 from outlast.cluster.ray_internals import draining_nodes
@@ -48,6 +48,7 @@ class CoordinatorClient:
         self.attempt: str | None = None
         self.listener: Callable[[dict[str, Any]], None] = lambda event: None
         self._is_training = False
+        self._plan: dict[str, Any] | None = None
         self._events: deque[dict[str, Any]] = deque(maxlen=1_000)
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._exchange, daemon=True)
@@ -84,6 +85,8 @@ class CoordinatorClient:
 
     def claimed(self, attempt: str) -> None:
         self.attempt = attempt
+        if self._plan is not None:  # a generation that goes on in memory plans before it claims
+            self._events.append({"t": time.time(), "sender": attempt, **self._plan})
 
     def at(self, phase: StepPhase, step: int) -> None:
         self.step_progress.at(phase, step)
@@ -96,6 +99,8 @@ class CoordinatorClient:
         match parse_event(event):
             case StepEvent():
                 self._is_training = True
+            case PlanEvent():
+                self._plan = event
             case CommitEvent(seconds=float(seconds)) if self._watch is not None:
                 self._watch.save_s = seconds
 

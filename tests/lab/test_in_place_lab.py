@@ -27,7 +27,7 @@ pytestmark = [
     pytest.mark.skipif(reason is not None, reason=f"the lab {reason}"),
     pytest.mark.timeout(600),
 ]
-STEPS = 1500
+STEPS = 4000  # longer than a node takes to come back
 Recovered = Callable[[str, str, float], None]
 
 

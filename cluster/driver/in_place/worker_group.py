@@ -43,7 +43,7 @@ from outlast.cluster.ray_internals import (
 from outlast.trainers.regrouping.roster import Roster
 from outlast.trainers.regrouping.roster_server import Loss, RosterServer
 
-_LOGGER = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 #: Replacements of one worker that end before they join the roster, after which the group is restarted instead.
 MAX_EARLY_ENDS = 3
 _RETRY_S, _KILL_S, _JOIN_POLL_S = 1.0, 5.0, 0.05
@@ -220,10 +220,11 @@ class InPlaceWorkerGroup(WorkerGroup):  # type: ignore[misc]
             while not self._is_closing:
                 try:
                     self._start_worker(rank, bundle)
+                except Exception:  # it or its node is lost, too: the next one
+                    logger.info("worker %s was not started", rank, exc_info=True)
+                else:
                     then()
                     return
-                except (RayError, RuntimeError) as error:  # it is lost, too: the next one
-                    _LOGGER.warning("a replacement of worker %d did not start: %s", rank, error)
                 time.sleep(_RETRY_S)
 
         threading.Thread(target=start, name=f"outlast-worker-{rank}", daemon=True).start()
