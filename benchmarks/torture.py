@@ -84,8 +84,7 @@ def train(folder: Path, name: str, steps: int, *, with_kills: bool = False) -> t
         return {}
 
     with (folder / f"{name}.log").open("w") as log:
-        command = [OUTLAST, "train", str(run_file(folder, name, steps))]
-        process = subprocess.Popen(command, stdout=log, stderr=log)
+        process = subprocess.Popen([OUTLAST, "train", str(run_file(folder, name, steps))], stdout=log, stderr=log)
         while not made() and process.poll() is None:
             time.sleep(0.5)
         kills = kill_until(ranks, lambda: process.poll() is not None) if with_kills else []
@@ -133,9 +132,9 @@ def bare(folder: Path, seconds: float) -> dict[str, Any]:
     place = folder / "bare"
     place.mkdir()
     script = Path(__file__).with_name("recovery_bare.py")
-    log = (folder / "bare.log").open("w")
-    command = [sys.executable, str(script), str(place), str(10**6), str(EVERY), "-1"]
-    process = subprocess.Popen(command, stderr=log, stdout=log)
+    arguments = [str(place), str(10**6), str(EVERY), "-1"]
+    with (folder / "bare.log").open("w") as log:
+        process = subprocess.Popen([sys.executable, str(script), *arguments], stderr=log, stdout=log)
 
     def ranks() -> dict[int, int]:
         found = [
@@ -161,7 +160,7 @@ def bare(folder: Path, seconds: float) -> dict[str, Any]:
 
 
 def measure(*, quick: bool = False) -> dict[str, Any]:
-    """Runs the torture."""
+    """Runs the benchmark."""
     seconds = 300.0 if quick else 1800.0
     with tempfile.TemporaryDirectory(prefix="outlast-torture-", dir=os.environ.get("TMPDIR", "/var/tmp")) as place:
         folder = Path(place)

@@ -96,7 +96,7 @@ class RegroupingCheckpointer(Checkpointer):
         began: Event,
         kept: Sequence[StepEvent | EvalEvent],
         before: Journal | None,
-        on_claimed: Callable[[], None],
+        on_claimed: Callable[[AttemptId], None],
     ) -> None:
         """Begin to claim the run, in place of `resume`. Every rank calls it.
 
@@ -104,7 +104,7 @@ class RegroupingCheckpointer(Checkpointer):
             began: The attempt's first event.
             kept: Events that may not be durable. The journal gets those that no earlier one has.
             before: This process' journal of an earlier attempt in memory, which ends.
-            on_claimed: Called on rank 0, in another thread, once the attempt is claimed.
+            on_claimed: Called on rank 0, in another thread, once the run is claimed, with the attempt continued.
         """
         self._has_resumed = True
         self._newest_begun = self._continuation.step - 1
@@ -136,10 +136,13 @@ class RegroupingCheckpointer(Checkpointer):
         wait_until_responsive(self._store.storage, self._store.attempts_dir)
         if self._has_ended():
             raise StorageError("the generation has ended before its claim")
-        catalog = claim_generation(self.store, self.attempt, self._continuation, self._body, self._settle_s)
-        if catalog is not None and not self._has_ended():
+        claimed = claim_generation(self.store, self.attempt, self._continuation, self._body, self._settle_s)
+        if claimed is None:
+            return None
+        before, catalog = claimed
+        if not self._has_ended():
             self.journal.release(self._earlier, self._missed(catalog))
-            self._on_claimed()
+            self._on_claimed(before)
         return catalog
 
     def _missed(self, catalog: Catalog) -> list[Event]:

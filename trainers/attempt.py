@@ -24,7 +24,6 @@ from outlast.checkpointing.format.layout import RECORD
 from outlast.checkpointing.redaction import redact
 from outlast.checkpointing.regrouping_checkpointer import RegroupingCheckpointer
 from outlast.checkpointing.run_store.attempt_claim import Continuation
-from outlast.checkpointing.run_store.claims import REGROUPED_FROM
 from outlast.checkpointing.run_store.events import AttemptErrorEvent
 from outlast.checkpointing.run_store.store import RunStore
 from outlast.checkpointing.state.named_weights import WeightNaming
@@ -268,15 +267,12 @@ def claim_attempt(
     assignment: Assignment,
     storage: Storage,
     world: World,
-    regrouped_from: str | None = None,
     continues: Continuation | None = None,
     has_ended: Callable[[], bool] = lambda: False,
 ) -> RegroupingCheckpointer:
     """Claim the run once its storage answers, or prepare the claim of a generation; the claim lists the workers.
 
-    `regrouped_from` is the attempt that this one continues in memory. The claim names it, because it is durable before
-    the journal, and a loss counts as a failure until it is known that training went on. The others are as in
-    `RegroupingCheckpointer`.
+    `continues` and `has_ended` are as in `RegroupingCheckpointer`.
     """
     config = assignment.config
     process = {"rank": world.rank, "host": socket.gethostname(), "node": world.node, "pid": os.getpid()}
@@ -296,7 +292,6 @@ def claim_attempt(
             "settings": dict(assignment.declared),
             "workers": workers,
             "record": f"{store.launch_dir(assignment.launch)}/{RECORD}",
-            **({REGROUPED_FROM: regrouped_from} if regrouped_from else {}),
         },
         retention=config.checkpoint.retention,
         max_shard_bytes=config.checkpoint.max_shard_bytes,

@@ -77,11 +77,11 @@ class MemberControl:
     def save_requested(self) -> str | None:
         return self.inner.save_requested()
 
-    def claimed(self, attempt: str) -> None:
+    def claimed(self, attempt: str, *first: dict[str, Any]) -> None:
         with self._lock:
             self.inner.claimed(attempt)
             held, self._held = self._held, None
-            for event in held or ():
+            for event in (*first, *(held or ())):
                 self.inner.progress(event)
 
     def at(self, phase: StepPhase, step: int) -> None:
@@ -301,7 +301,7 @@ def _regroup(
     world.has_equal_weights = all(parameter.requires_grad for parameter in built.model.parameters())
     marks["state"] = time.time()
     continues = Continuation(_origin(state), seat.generation.number, state["step"])
-    checkpointer = claim_attempt(assignment, storage, world, state["attempt"], continues, lambda: world.is_aborted)
+    checkpointer = claim_attempt(assignment, storage, world, continues, lambda: world.is_aborted)
     checkpointer.files, checkpointer.naming = built.files, built.naming
     checkpointer.declaration |= state["declared"]
     make_deterministic(assignment.config.deterministic, state["declared"]["num_threads"])
@@ -321,12 +321,15 @@ def _regroup(
 
     if world.rank == 0:
         control.hold()
-        control.progress(began.to_json())
+
+    def claimed(before: AttemptId) -> None:
+        control.claimed(str(checkpointer.attempt), replace(began, attempt=str(before)).to_json())
+
     kept = prepared.loop.load_in_memory(state)
     for event in (began, *kept):  # trackers leave out what they have
         prepared.tracking.apply(event.to_json())
     before = loop.checkpointer.journal if loop is not None else None
-    checkpointer.go_on_in_memory(began, kept, before, lambda: control.claimed(str(checkpointer.attempt)))
+    checkpointer.go_on_in_memory(began, kept, before, claimed)
     if prepared.loop.is_over:
         checkpointer.settle()
     return prepared

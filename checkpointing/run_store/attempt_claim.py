@@ -64,19 +64,24 @@ def claim_run(
 
 def claim_generation(
     store: RunStore, mine: AttemptId, continues: Continuation, body: Mapping[str, Any], settle_s: float
-) -> Catalog | None:
-    """Claim the run as `mine` and read its catalog; None if a later launch or generation has claimed it.
+) -> tuple[AttemptId, Catalog] | None:
+    """Claim the run as `mine`; None if a later launch or generation has claimed it.
 
     May be called again after a failure. `body` names the launch.
+
+    Returns:
+        The newest earlier attempt of the group that has claimed the run, which the claim names, and the catalog.
 
     Raises:
         OvertakenError: Others have gone on from the storage.
         StorageError: The storage failed.
     """
     launch, origin = str(body["launch"]), continues.origin.attempt
-    if _is_superseded(store.fresh(), mine, origin, launch, has_claimed=False):
+    now = store.fresh()
+    if _is_superseded(now, mine, origin, launch, has_claimed=False):
         return None
-    claims.put_claim(store, mine, {**body, "continues": str(origin)})
+    before = _newest_of_group(now, mine, origin)
+    claims.put_claim(store, mine, {**body, claims.CONTINUES: str(origin), claims.REGROUPED_FROM: str(before)})
     time.sleep(2 * settle_s)
     now = store.fresh()  # must not use what was read before the claim
     if _is_superseded(now, mine, origin, launch, has_claimed=True):
@@ -87,7 +92,13 @@ def claim_generation(
     committed = [item.ref for item in catalog.accepted[:1]] + [item.ref for item in catalog.rejected]
     if newer := [ref for ref in committed if ref.step > continues.step and ref.attempt >= origin]:
         raise OvertakenError(f"{newer[0]} is newer than the state in memory, after {continues.step} steps")
-    return catalog
+    return before, catalog
+
+
+def _newest_of_group(store: RunStore, below: AttemptId, origin: AttemptId) -> AttemptId:
+    """Return the newest attempt of a group that has claimed the run: a generation may be lost before its claim."""
+    later = (item for item in reversed(claims.list_attempts(store)) if origin < item < below)
+    return next((item for item in later if claims.read_for_fence(store, item)[1] == str(origin)), origin)
 
 
 def _is_superseded(store: RunStore, mine: AttemptId, origin: AttemptId, launch: str, *, has_claimed: bool) -> bool:

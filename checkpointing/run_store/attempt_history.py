@@ -23,7 +23,13 @@ import xxhash
 
 from outlast.checkpointing.format.layout import AttemptId, CheckpointRef
 from outlast.checkpointing.run_store import events
-from outlast.checkpointing.run_store.claims import REGROUPED_FROM, list_attempts, list_launches, read_claim
+from outlast.checkpointing.run_store.claims import (
+    REGROUPED_FROM,
+    continued_in_memory,
+    list_attempts,
+    list_launches,
+    read_claim,
+)
 from outlast.checkpointing.run_store.journal import COMMITS, read_events, read_first_and_last
 from outlast.checkpointing.run_store.liveness import read_liveness
 from outlast.checkpointing.run_store.store import RunStore
@@ -200,6 +206,7 @@ def read_attempt_history(store: RunStore, *, live: str = "", below: AttemptId | 
         if max(steps, default=-1) > newest_step:
             first, newest_step = number, max(steps)
     claims = {item: read_claim(store, item) for item in attempts[first:]}
+    continued = continued_in_memory(claims)
     since, began_at = "", 0.0
     if newest_step >= 0:  # what precedes the progress need not be read
         since = claims[attempts[first]].get("launch", "")
@@ -232,7 +239,7 @@ def read_attempt_history(store: RunStore, *, live: str = "", below: AttemptId | 
                 failure=failure,
                 has_successor=attempt != own[-1],
                 is_open=launch == live,
-                is_regrouped=str(attempt) in regrouped,
+                is_regrouped=attempt in continued or str(attempt) in regrouped,
             )
             item = _record(attempt, claims[attempt], committed[attempt], begins[attempt], end)
             item = replace(item, raised=(failure and failure.raised) or "")
@@ -289,7 +296,7 @@ def _read_journal(store: RunStore, attempt: AttemptId) -> _Journal:
             case events.ResumeEvent() as event:
                 found.resume = found.resume or event
             case events.RegroupedEvent() as event:
-                found.regrouped_from = event.attempt
+                found.regrouped_from = found.regrouped_from or event.attempt
             case events.DoneEvent() | events.StopEvent() | events.SupersededEvent() as event:
                 found.final = event
             case events.AttemptErrorEvent() as event:

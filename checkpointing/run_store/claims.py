@@ -24,8 +24,11 @@ from outlast.checkpointing.storage.base import list_directories, read_object
 from outlast.checkpointing.storage.retry import retry
 from outlast.checkpointing.storage.round_trip import check_written
 
-#: Key of a claim: the attempt that this one continues in memory.
+#: Key of a claim: the attempt that this one continues in memory. The journal comes later, and until then a loss would
+#: count as a failure.
 REGROUPED_FROM = "regrouped_from"
+#: Key of a claim: the attempt with which its group in memory resumed from the storage.
+CONTINUES = "continues"
 #: What readers of a claim rely on; a value of another type counts as missing.
 _TYPES = {
     "launch": str,
@@ -35,6 +38,7 @@ _TYPES = {
     "versions": Mapping[str, Any],
     "workers": tuple[Mapping[str, Any], ...],
     REGROUPED_FROM: str,
+    CONTINUES: str,
 }
 
 
@@ -90,6 +94,13 @@ def higher_claim(store: RunStore, mine: AttemptId) -> AttemptId | None:
     return highest[0] if highest and highest[0] > mine else None
 
 
+def continued_in_memory(claims: Mapping[AttemptId, Mapping[str, Any]]) -> set[AttemptId]:
+    """Return the attempts that a later one of their group continued in memory. `claims` are those of a run."""
+    group_of = {attempt: claim.get(CONTINUES) or str(attempt) for attempt, claim in claims.items()}
+    newest = {group: attempt for attempt, group in sorted(group_of.items())}
+    return {attempt for attempt, group in group_of.items() if attempt < newest[group]}
+
+
 def launch_is_superseded(store: RunStore, launch: str) -> bool:
     """Return whether this launch has claimed before and another launch now holds the highest claim.
 
@@ -121,4 +132,4 @@ def read_for_fence(store: RunStore, attempt: AttemptId) -> tuple[str | None, str
         return None, None
     except StorageRefused:
         return "", None  # a launch can read its own claims, so this is another one's
-    return body.get("launch"), body.get("continues")
+    return body.get("launch"), body.get(CONTINUES)

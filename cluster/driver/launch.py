@@ -34,7 +34,13 @@ from outlast.cluster.driver.provenance import record_provenance
 from outlast.cluster.driver.ray_data_encode import encode_on_ray
 from outlast.cluster.driver.ray_session import ray_session
 from outlast.cluster.driver.ray_train import Stops, cpus_per_worker, run_workers
-from outlast.cluster.driver.signals import INTERRUPTIONS, exit_when_interrupted, handle_signals, stop_flag
+from outlast.cluster.driver.signals import (
+    INTERRUPTED_EXIT,
+    INTERRUPTIONS,
+    exit_when_interrupted,
+    handle_signals,
+    stop_flag,
+)
 from outlast.cluster.fault_tolerance.failure_callback import gave_up
 from outlast.cluster.fault_tolerance.failure_cause import RunFailed
 from outlast.cluster.fault_tolerance.restart_policy import decide_give_up
@@ -60,7 +66,7 @@ RECORD_S = 5.0
 class Interrupted(OutlastError):
     """The launch was interrupted before anything was saved."""
 
-    exit_code = 130
+    exit_code = INTERRUPTED_EXIT
 
 
 @dataclass(frozen=True, slots=True)

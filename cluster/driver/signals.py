@@ -22,10 +22,9 @@ INTERRUPTIONS = (KeyboardInterrupt, SystemExit)
 
 #: How long the end of the process waits for the answer to a signal.
 _ANSWER_S = 1.0
-
-
-#: Exit codes of a launch that was interrupted with a checkpoint, and without one.
-_STOPPED, _INTERRUPTED = 75, 130
+#: Exit codes of a launch that was interrupted with a checkpoint, as `Outcome.STOPPED`, and without one. A driver that
+#: attaches must not import torch for them.
+_STOPPED, INTERRUPTED_EXIT = 75, 130
 
 
 class StopFlag:
@@ -50,9 +49,9 @@ def exit_when_interrupted(store: RunStore) -> tuple[int, str]:
     try:
         accepted = build_catalog(store.fresh()).accepted
     except OutlastError:
-        return _INTERRUPTED, "the storage does not tell what is saved"
+        return INTERRUPTED_EXIT, "the storage does not tell what is saved"
     if not accepted:
-        return _INTERRUPTED, "nothing is saved"
+        return INTERRUPTED_EXIT, "nothing is saved"
     return _STOPPED, f"the newest checkpoint is of step {accepted[0].ref.step}"
 
 

@@ -1,7 +1,7 @@
 """Entry point of each Ray worker: connect to the coordinator, join the process group, run one attempt.
 
-In a group that goes on in memory it runs attempt after attempt. After other exceptions than those, Ray restarts the
-group, so it must only raise what a restart may fix.
+In a group that goes on in memory it runs attempt after attempt. Ray restarts the group after every exception that the
+group does not survive in memory, so it must only raise what a restart may fix.
 """
 
 import json
@@ -95,7 +95,10 @@ def warm() -> None:
 
 
 def train_worker(payload: dict[str, Any]) -> dict[str, Any]:
-    """Run one attempt. Returns `{"outcome": …}`, or `{"error": …}` for an error that a restart cannot fix."""
+    """Run one attempt, or several in memory.
+
+    Returns `{"outcome": …}`, or `{"error": …}` for an error that a restart cannot fix.
+    """
     entered_at = time.time()
     assignment: Assignment = payload["assignment"]
     invitation = accepted()
@@ -105,15 +108,15 @@ def train_worker(payload: dict[str, Any]) -> dict[str, Any]:
             storage = open_storage(assignment.config.checkpoint.storage)
             marks = {"process": _started_at(), "imports": _IMPORTED_AT, "actor": _actor_at(), "group": entered_at}
             environment = Environment(
-                client,
-                ray.train.torch.get_device(),
-                invitation.backend if invitation else "",
-                ray.get_runtime_context().get_node_id(),
-                _log_of_this_process(),
-                marks,
-                partial(_watched, client, storage, payload, in_place=invitation is not None),
-                client.asks_to_stop,
-                lambda error: has_failed_alike.append(client.all_fail(error)),
+                control=client,
+                device=ray.train.torch.get_device(),
+                backend=invitation.backend if invitation else "",
+                node=ray.get_runtime_context().get_node_id(),
+                log=_log_of_this_process(),
+                marks=marks,
+                watch=partial(_watched, client, storage, payload, in_place=invitation is not None),
+                is_stopping=client.asks_to_stop,
+                failing=lambda error: has_failed_alike.append(client.all_fail(error)),
             )
             if invitation is None:
                 return _train_once(assignment, storage, client, environment)

@@ -85,6 +85,7 @@ class FailureRecorder(WorkerGroupCallback):
         self._past: AttemptId | None = None
         self._last_errors: frozenset[tuple[int, str]] = frozenset()
         self._errors: dict[int, BaseException] = {}
+        self._reasons_of_spares: set[str] = set()
 
     @contextmanager
     def on_worker_group_start(self) -> Iterator[None]:
@@ -153,7 +154,11 @@ class FailureRecorder(WorkerGroupCallback):
                     if (worker["node"], worker["pid"]) == (process.node_id, process.pid):
                         self._find_cause({worker["rank"]: error}, [worker], str(attempt), noticed_at, in_place=True)
                         return
-        text = f"a worker process that trained no rank was lost: {process.pid} on {process.hostname}"
+        reason = (str(unwrap_error(error)).strip().splitlines() or [type(error).__name__])[-1]
+        if reason in self._reasons_of_spares:
+            return
+        self._reasons_of_spares.add(reason)
+        text = f"a worker that trained no rank was lost: process {process.pid} on {process.hostname}: {redact(reason)}"
         find_coordinator(self._location[2]).exchange([NoteEvent(text=text).to_json()])
 
     def _find_cause(

@@ -18,7 +18,7 @@ from outlast.cluster.monitoring.timeline import Timeline
 from outlast.cluster.monitoring.timeline_records import AttemptTimeline
 
 #: Marks of the event `regrouped`, in order, and the name of the phase that ends with each.
-PHASES = {"noticed": "notice", "seat": "seat", "group": "group", "state": "state", "claim": "claim"}
+PHASES = {"noticed": "notice", "seat": "seat", "group": "group", "state": "state"}
 #: The phase after the last mark, which ends with the first step or evaluation.
 STEP_PHASE = "step"
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from outlast.checkpointing.format.layout import AttemptId
 from outlast.checkpointing.run_store.attempt_history import AttemptEnd, end_of_attempt, launches_in_order
-from outlast.checkpointing.run_store.claims import list_attempts, list_launches, read_claim
+from outlast.checkpointing.run_store.claims import continued_in_memory, list_attempts, list_launches, read_claim
 from outlast.checkpointing.run_store.events import (
     AttemptErrorEvent,
     DoneEvent,
@@ -210,6 +210,7 @@ class Timeline:
         resizes = {e.attempt: e for launch in self.launches.values() for e in reversed(launch.resizes)}
         last_of = {item.launch: item.id for item in attempts}
         regrouped = {item.regrouped_from for item in attempts}
+        continued = continued_in_memory({item.id: item.claim for item in attempts})
         ends = {}
         for item in attempts:
             alive = self.launches[item.launch].alive if item.launch in self.launches else {}
@@ -221,7 +222,7 @@ class Timeline:
                 resize=resizes.get(str(item.id)),
                 has_successor=last_of[item.launch] != item.id,
                 is_open=item is attempts[-1] and not alive.get("ended"),
-                is_regrouped=str(item.id) in regrouped,
+                is_regrouped=item.id in continued or str(item.id) in regrouped,
             )
         return ends
 

@@ -151,11 +151,10 @@ class AttemptTimeline:
 
     @property
     def regrouped_from(self) -> str | None:
-        """The attempt that it continued in memory."""
-        if isinstance(self.start, events.RegroupedEvent) and self.start.attempt:
-            return self.start.attempt
-        name = self.claim.get(REGROUPED_FROM)
-        return None if name is None else str(name)
+        """The attempt that it continued in memory: the newest one that had claimed the run."""
+        if name := self.claim.get(REGROUPED_FROM):
+            return str(name)
+        return self.start.attempt if isinstance(self.start, events.RegroupedEvent) else None
 
     @property
     def start_step(self) -> int:
@@ -191,7 +190,7 @@ class AttemptTimeline:
             return
         match events.parse_event(body):
             case events.StartEvent() | events.ResumeEvent() | events.RegroupedEvent() as event:
-                self.start = event
+                self.start = self.start or event  # the journal of an attempt may hold that of one without a claim
             case events.PlanEvent() as event:
                 self.plan = event
             case events.UnderWayEvent(marks=timings):

@@ -28,7 +28,7 @@ def resume(t: float, step: int, of: int = 1) -> Event:
 
 def regrouped(t: float, step: int, of: int = 1, *, ranks: Sequence[int] = (1,), source: int = 0) -> Event:
     """Make the event of an attempt that continues in memory; the loss was noticed half a second before it."""
-    times = {"noticed": t - 0.5, "seat": t - 0.45, "group": t - 0.4, "state": t - 0.2, "claim": t}
+    times = {"noticed": t - 0.5, "seat": t - 0.45, "group": t - 0.4, "state": t - 0.2}
     event = {"event": "regrouped", "t": t, "step": step, "attempt": name_of(of), "noticed_at": t - 0.5, "marks": times}
     return {**event, "lost": [f"process-{rank}" for rank in ranks], "ranks": list(ranks), "source": source}
 

@@ -287,7 +287,7 @@ def test_a_generation_does_what_the_model_does(tmp_path: Path, monkeypatch: pyte
         retention=Retention(keep_last=2),
         continues=Continuation(Origin(first.checkpointer.attempt), 1, step=3),
     )
-    checkpointer.go_on_in_memory(RegroupedEvent(step=3, marks={}), [], None, lambda: None)
+    checkpointer.go_on_in_memory(RegroupedEvent(step=3, marks={}), [], None, lambda before: None)
     checkpointer.settle()
     said = storage.said()
     assert said == model.go_on(1, 2, step=3, saves=0)

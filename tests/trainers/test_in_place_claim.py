@@ -13,11 +13,14 @@ import pytest
 
 from outlast.checkpointing.errors import StorageError
 from outlast.checkpointing.fault_injection import read_record, write_record
+from outlast.checkpointing.run_store.attempt_history import REGROUPED
 from outlast.checkpointing.run_store.catalog import read_catalog, run_events
 from outlast.checkpointing.run_store.claims import claim, list_attempts, read_claim
 from outlast.checkpointing.run_store.store import RunStore
 from outlast.checkpointing.storage.base import Buffer
 from outlast.checkpointing.storage.local import LocalStorage
+from outlast.cluster.monitoring.regroupings import regroupings
+from outlast.cluster.monitoring.timeline import TimelineReader
 from outlast.trainers.attempt import Assignment
 from outlast.trainers.loop.rank_activity import StepPhase
 from outlast.trainers.loop.train_loop import Outcome
@@ -97,6 +100,34 @@ def test_steps_go_on_before_the_claim(
     assert kinds[0] == "regrouped"
     assert {"plan", "under-way", "commit"} <= set(kinds)
     assert [item.ref.attempt for item in read_catalog(storage, run).accepted[-2:]] == [second, first]
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_generation_that_is_lost_before_its_claim(
+    rank: int, assign: Assign, storage: LocalStorage, reference: MakeReference, tmp_path: Path
+) -> None:
+    """The next one continues the first attempt, as the claims show, so that neither loss counts as a failure.
+
+    A claim that is in flight in a process that goes on may come after that of the next generation.
+    """
+    run = f"claim-never-{rank}"
+    strikes = [Strike(Place.FORWARD, 7, 1, str(tmp_path / "first")), Strike(Place.FORWARD, 8, rank, f"{tmp_path}/next")]
+    control = Gated(strikes, gate=str(tmp_path / "gate"))
+    with in_place_group(assign(run), storage, 2, num_spares=2, control=control) as group:
+        ended = group.ended()
+    assert [item.outcome for item in ended if item and item.outcome] == [Outcome.DONE] * 2, (ended, group.server.losses)
+    assert all(Path(strike.record).exists() for strike in strikes)
+    assert_whole(storage, run, reference(2))
+    store = RunStore(storage, run)
+    first, *late, third = list_attempts(store)
+    assert third.number == first.number + 2
+    assert not (late and rank == 0), "its claim was in flight in a process that was killed"
+    timeline = TimelineReader(store).update()
+    assert {timeline.ends[item].cause for item in (first, *late)} == {REGROUPED}
+    regrouping = list(regroupings(timeline))[-1]
+    assert (regrouping.before, regrouping.attempt, regrouping.num_redone) == (str(first), str(third), 0)
+    made = [list(item.steps.step) for item in timeline.claimed_attempts]
+    assert sorted(step for steps in made for step in steps) == list(range(1, 11))
 
 
 def test_a_refused_claim_is_a_failed_save(

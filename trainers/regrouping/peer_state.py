@@ -13,27 +13,21 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from outlast.checkpointing.errors import OutlastError
 from outlast.checkpointing.state.loop_state import decode_state, encode_state
 from outlast.checkpointing.state.named_weights import carried_state
 from outlast.checkpointing.state.optimizer_groups import encode_optimizer, load_groups
 from outlast.checkpointing.state.optimizer_state import devices_of_state, load_optimizer, optimizer_tensors
 from outlast.trainers.distributed.world import World
+from outlast.trainers.regrouping.membership import RegroupFailed
 
 #: How far a rank's loop is: steps, entries of its history, and whether the newest step's end is done.
 Progress = tuple[int, int, int]
 _PIECE_BYTES, _LARGE_BYTES = 4 * 2**20, 2**18
 
 
-class NoStateError(OutlastError):
-    """Nobody in the group holds a state."""
-
-
 def newest_holder(progress: Sequence[Progress | None]) -> int:
-    """Return the rank that holds the newest state, the lowest of equals. Raises NoStateError if none holds any."""
+    """Return the rank that holds the newest state, the lowest of equals; at least one holds any."""
     held = [(item, -rank) for rank, item in enumerate(progress) if item is not None]
-    if not held:
-        raise NoStateError("no process that is left holds the training state")
     return -max(held)[1]
 
 
@@ -59,10 +53,10 @@ def share_state(
         The rank that held the newest state, and that state without the tensors.
 
     Raises:
-        NoStateError: No rank holds a state, or rank 0 alone did, as of buffers that forward passes change.
+        RegroupFailed: Rank 0 alone holds a part of the state, as of buffers that forward passes change.
     """
     if carried_state(model):
-        raise NoStateError("the model has buffers that only rank 0 keeps; they are in its checkpoints alone")
+        raise RegroupFailed("the model has buffers that only rank 0 keeps; they are in its checkpoints alone")
     everyone = world.gather(progress)
     source = newest_holder(everyone)
     newest = everyone[source]

@@ -27,6 +27,7 @@ from outlast.trainers.regrouping.roster import Roster, RosterState
 
 #: Longest silence of a process that sends a heartbeat every `membership.BEAT_S`.
 SILENCE_S = 5.0
+_RETRY_S = 0.05
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +37,7 @@ class Loss:
     name: str
     reason: str
     has_raised: bool  #: an error was raised in it, which it reports itself
+    is_silent: bool  #: it exists, as far as is known
     at: float  #: when it was noticed, in seconds since the epoch
 
 
@@ -75,7 +77,8 @@ class RosterServer:
         self._listener = Listener((host, 0), family="AF_INET", backlog=64)
         self.address = (str(self._listener.address[0]), int(self._listener.address[1]))
         self.losses: list[Loss] = []
-        self._outcome: str = ""
+        self._outcome = ""
+        self._is_closed = False
         self._connections: dict[str, Connection[Any, Any]] = {}
         self._lock = threading.RLock()
         threading.Thread(target=self._accept, name="outlast-roster", daemon=True).start()
@@ -92,6 +95,12 @@ class RosterServer:
             return self._roster.has_joined(name)
 
     @property
+    def is_waiting(self) -> bool:
+        """Whether the next generation lacks a process."""
+        with self._lock:
+            return self._roster.state is RosterState.GATHERING
+
+    @property
     def has_given_up(self) -> bool:
         """Whether going on in memory is no help."""
         with self._lock:
@@ -105,8 +114,9 @@ class RosterServer:
 
     def close(self) -> None:
         """Stop serving."""
-        with suppress(OSError):
-            self._listener.close()
+        self._is_closed = True
+        with suppress(OSError):  # wakes up `accept`, which the end of the listening socket does not
+            socket.create_connection(self.address, timeout=1.0).close()
         with self._lock:
             for connection in self._connections.values():
                 connection.close()
@@ -121,22 +131,24 @@ class RosterServer:
             self._on_loss(loss)
 
     def _accept(self) -> None:
-        while True:
+        while not self._is_closed:
             try:
                 connection = self._listener.accept()
             except OSError:
-                return
+                time.sleep(_RETRY_S)  # the connection ended at once, or there are too many
+                continue
             threading.Thread(target=self._serve, args=(connection,), daemon=True).start()
+        self._listener.close()
 
     def _serve(self, connection: Connection[Any, Any]) -> None:
         """Handle one process' messages, until it is lost."""
-        name, reason, has_raised = "", "its connection ended", False
+        name, reason, has_raised, is_silent = "", "its connection ended", False, False
         with suppress(EOFError, OSError, ValueError, KeyError, AuthenticationError):
             deliver_challenge(connection, self.key)
             answer_challenge(connection, self.key)
             while True:
                 if not connection.poll(self._silence_s):
-                    reason = f"silent for {self._silence_s:g} s"
+                    is_silent, reason = True, f"silent for {self._silence_s:g} s"
                     break
                 message = json.loads(connection.recv_bytes())
                 if message["kind"] == "join":
@@ -149,7 +161,7 @@ class RosterServer:
         loss = None
         with self._lock:
             if self._connections.get(name) is connection:
-                loss = self._lose(name, connection, reason, has_raised=has_raised)
+                loss = self._lose(name, connection, reason, has_raised=has_raised, is_silent=is_silent)
         if loss is not None:
             self._on_loss(loss)
 
@@ -180,7 +192,13 @@ class RosterServer:
                     self._roster.step(message["step"])
 
     def _lose(
-        self, name: str, connection: Connection[Any, Any], reason: str, *, has_raised: bool = False
+        self,
+        name: str,
+        connection: Connection[Any, Any],
+        reason: str,
+        *,
+        has_raised: bool = False,
+        is_silent: bool = False,
     ) -> Loss | None:
         """Remove a process and tell the others at once, also if the next generation has to wait for a spare.
 
@@ -197,7 +215,7 @@ class RosterServer:
         self._advance()
         if is_done:
             return None
-        loss = Loss(name, reason, has_raised, time.time())
+        loss = Loss(name, reason, has_raised, is_silent, time.time())
         self.losses.append(loss)
         return loss
 

@@ -47,6 +47,8 @@ logger = logging.getLogger(__name__)
 #: Replacements of one worker that end before they join the roster, after which the group is restarted instead.
 MAX_EARLY_ENDS = 3
 _RETRY_S, _KILL_S, _JOIN_POLL_S = 1.0, 5.0, 0.05
+#: Pause before the next start of a spare that ended early so often.
+_PAUSE_S = 60.0
 
 
 @dataclass
@@ -97,7 +99,7 @@ class InPlaceWorkerGroup(WorkerGroup):  # type: ignore[misc]
         self._raised: tuple[int, Any] | None = None  # the newest error of code that outlast did not raise
         self._server: RosterServer | None = None
         self._changing = threading.RLock()
-        self._is_closing = False
+        self._ended = threading.Event()
         self._folder: Path | None = None
 
     def _init_train_context(self, workers: list[Any], sync_actor: Any) -> None:
@@ -144,8 +146,8 @@ class InPlaceWorkerGroup(WorkerGroup):  # type: ignore[misc]
         """Replace a worker as soon as the roster has lost it. One that raised an error reports that to Ray first."""
         rank = next((rank for rank, slot in enumerate(self._slots) if slot.name == loss.name), None)
         if rank is not None and not loss.has_raised:
-            silent = SilentWorker(f"its process was {loss.reason}") if "silent" in loss.reason else None
-            self._replace(rank, silent or RayActorError())
+            error = SilentWorker(f"its process was {loss.reason}") if loss.is_silent else RayActorError()
+            self._replace(rank, error)
 
     def _poll_workers_and_collect_errors(self, timeout: float | None) -> list[Any]:
         """Return the workers' statuses, as Ray Train's controller is to see them."""
@@ -153,7 +155,7 @@ class InPlaceWorkerGroup(WorkerGroup):  # type: ignore[misc]
         self._leave_draining_nodes()
         statuses = super()._poll_workers_and_collect_errors(timeout)
         slots = self._slots[: len(statuses)]
-        if any(ended := [each for each in statuses if not each.running and each.error is None]):
+        if ended := [each for each in statuses if not each.running and each.error is None]:
             # The run has ended as it should: a worker that was lost before has no part in it.
             return [
                 ended[0] if slot.is_replaced or each.error else each for slot, each in zip(slots, statuses, strict=True)
@@ -191,7 +193,8 @@ class InPlaceWorkerGroup(WorkerGroup):  # type: ignore[misc]
         )
         are_losses = all(_is_loss(statuses[rank].error) for rank in lost)
         too_early = [rank for rank in lost if self._ends_early(self._slots[rank])]
-        return is_left and are_losses and not too_early and not self._server.has_given_up
+        is_in_vain = too_early and self._server.is_waiting  # a spare that cannot start does no harm
+        return is_left and are_losses and not is_in_vain and not self._server.has_given_up
 
     def _ends_early(self, slot: _Slot) -> bool:
         """Count a replacement that did not join the roster. Returns whether it is one too many in a row."""
@@ -203,7 +206,7 @@ class InPlaceWorkerGroup(WorkerGroup):  # type: ignore[misc]
         """Start another worker in the place of a lost one, if none is being started."""
         with self._changing:
             slot = self._slots[rank]
-            if slot.is_replaced or self._is_closing:
+            if slot.is_replaced or self._ended.is_set():
                 return
             slot.is_replaced = True
             lost = self.get_workers()[rank]
@@ -228,8 +231,11 @@ class InPlaceWorkerGroup(WorkerGroup):  # type: ignore[misc]
                 return
             self._slots[rank].is_starting = True
 
+        pause_s = _PAUSE_S if self._slots[rank].num_early_ends >= MAX_EARLY_ENDS else 0.0
+
         def start() -> None:
-            while not self._is_closing:
+            self._ended.wait(pause_s)
+            while not self._ended.is_set():
                 try:
                     self._start_worker(rank, bundle)
                 except Exception:  # it or its node is lost, too: the next one
@@ -237,7 +243,7 @@ class InPlaceWorkerGroup(WorkerGroup):  # type: ignore[misc]
                 else:
                     then()
                     return
-                time.sleep(_RETRY_S)
+                self._ended.wait(_RETRY_S)
 
         threading.Thread(target=start, name=f"outlast-worker-{rank}", daemon=True).start()
 
@@ -260,7 +266,7 @@ class InPlaceWorkerGroup(WorkerGroup):  # type: ignore[misc]
         ray.get(worker.actor.run_train_fn.remote(self._worker_group_context.train_fn_ref))
         with self._changing:
             self._slots[rank].next = (worker, name)
-            if self._is_closing:
+            if self._ended.is_set():
                 ray.kill(worker.actor)
 
     def _take_next(self) -> None:
@@ -294,10 +300,10 @@ class InPlaceWorkerGroup(WorkerGroup):  # type: ignore[misc]
         assert self._server is not None
         slot = self._slots[rank]
         name = slot.next[1] if slot.next else ""
-        while not self._is_closing and slot.next and not self._server.has_joined(name):
+        while not self._ended.is_set() and slot.next and not self._server.has_joined(name):
             time.sleep(_JOIN_POLL_S)
         with self._changing:
-            if self._is_closing or slot.is_replaced or not slot.next:
+            if self._ended.is_set() or slot.is_replaced or not slot.next:
                 return
             slot.is_replaced = True
             lost = self.get_workers()[rank]
@@ -327,7 +333,7 @@ class InPlaceWorkerGroup(WorkerGroup):  # type: ignore[misc]
 
     def _close(self) -> None:
         with self._changing:
-            self._is_closing = True
+            self._ended.set()
             for slot in self._slots:
                 if slot.next is not None:
                     _kill(slot.next[0].actor)
