@@ -84,7 +84,8 @@ def _shut_down(number: int) -> None:
     with suppress(OSError):
         duplicate = socket.socket(fileno=os.dup(number))
         with duplicate:
-            if not duplicate.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+            is_tcp = duplicate.family in (socket.AF_INET, socket.AF_INET6)  # Ray's own are Unix sockets
+            if is_tcp and not duplicate.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
                 duplicate.shutdown(socket.SHUT_RDWR)
 
 

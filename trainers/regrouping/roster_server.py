@@ -8,8 +8,10 @@ silence. Messages are JSON; a connection needs the key.
 from __future__ import annotations
 
 import json
+import os
 import secrets
 import socket
+import struct
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -143,7 +145,8 @@ class RosterServer:
     def _serve(self, connection: Connection[Any, Any]) -> None:
         """Handle one process' messages, until it is lost."""
         name, reason, has_raised, is_silent = "", "its connection ended", False, False
-        with suppress(EOFError, OSError, ValueError, KeyError, AuthenticationError):
+        with suppress(EOFError, OSError, ValueError, KeyError, TypeError, AuthenticationError):
+            _limit_waits(connection, self._silence_s)
             deliver_challenge(connection, self.key)
             answer_challenge(connection, self.key)
             while True:
@@ -240,6 +243,14 @@ class RosterServer:
         with suppress(OSError, ValueError):  # its own thread notices
             if connection := self._connections.get(name):
                 connection.send_bytes(json.dumps(body).encode())
+
+
+def _limit_waits(connection: Connection[Any, Any], seconds: float) -> None:
+    """Make sending to a process that does not receive, and waiting for one that does not send, end with OSError."""
+    limit = struct.pack("ll", int(seconds), int(seconds % 1 * 1e6))
+    with socket.socket(fileno=os.dup(connection.fileno())) as shared:
+        shared.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, limit)
+        shared.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, limit)
 
 
 def _open_store(host: str) -> TCPStore:
