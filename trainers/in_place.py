@@ -24,7 +24,15 @@ from outlast.checkpointing.errors import OutlastError
 from outlast.checkpointing.format.layout import AttemptId
 from outlast.checkpointing.regrouping_checkpointer import RegroupingCheckpointer
 from outlast.checkpointing.run_store.attempt_claim import Continuation, Origin
-from outlast.checkpointing.run_store.events import RegroupedEvent
+from outlast.checkpointing.run_store.events import (
+    CommitEvent,
+    EvalEvent,
+    PlanEvent,
+    RegroupedEvent,
+    StepEvent,
+    UnderWayEvent,
+    parse_event,
+)
 from outlast.checkpointing.storage.base import Storage
 from outlast.trainers.attempt import (
     Assignment,
@@ -51,6 +59,8 @@ from outlast.trainers.user_code import make_importable
 
 #: An error that is not of a collective is rarely the consequence of a loss.
 _CONFIRM_OWN_S = 0.1
+#: Events that count for an attempt, and how long they wait for its claim.
+_PROGRESS, _HOLD_S = (PlanEvent, UnderWayEvent, StepEvent, EvalEvent, CommitEvent), 10.0
 #: What the attempts of one training in memory declare alike, besides their settings.
 _DECLARED = ("num_threads", "static_graph", "base")
 
@@ -59,17 +69,19 @@ _DECLARED = ("num_threads", "static_graph", "base")
 class MemberControl:
     """A `Control` that also tells the roster which step this process is at.
 
-    After `hold`, events wait until the attempt is claimed: before, they would count as the last attempt's.
+    After `hold`, progress waits until the attempt is claimed: before, it would count as the last attempt's. It does not
+    wait for a storage that refuses, nor do other events, such as of a save that failed.
     """
 
     inner: Control
     member: Member
     _held: list[dict[str, Any]] | None = field(default=None, init=False)
+    _held_at: float = field(default=0.0, init=False)
     _lock: threading.Lock = field(default_factory=threading.Lock, init=False)
 
     def hold(self) -> None:
         with self._lock:
-            self._held = []
+            self._held, self._held_at = [], time.monotonic()
 
     def stop_requested(self) -> bool:
         return self.inner.stop_requested()
@@ -80,9 +92,9 @@ class MemberControl:
     def claimed(self, attempt: str, *first: dict[str, Any]) -> None:
         with self._lock:
             self.inner.claimed(attempt)
-            held, self._held = self._held, None
-            for event in (*first, *(held or ())):
+            for event in first:
                 self.inner.progress(event)
+            self._release()
 
     def at(self, phase: StepPhase, step: int) -> None:
         self.member.at_step(step)
@@ -93,10 +105,17 @@ class MemberControl:
 
     def progress(self, event: dict[str, Any]) -> None:
         with self._lock:
-            if self._held is None:
+            if self._held is not None and time.monotonic() - self._held_at > _HOLD_S:
+                self._release()
+            if self._held is None or not isinstance(parse_event(event), _PROGRESS):
                 self.inner.progress(event)
             else:
                 self._held.append({"t": time.time(), **event})
+
+    def _release(self) -> None:
+        held, self._held = self._held, None
+        for event in held or ():
+            self.inner.progress(event)
 
 
 @dataclass(frozen=True)

@@ -125,7 +125,7 @@ class Member:
 
     def fail(self, error: BaseException) -> None:
         """Tell the roster that an error ends this process' part, which it reports itself."""
-        self._send({"kind": "raised", "error": type(error).__name__})
+        self._send({"kind": "raised", "error": type(error).__name__, "step": self._step})
 
     def give_up(self, error: BaseException) -> None:
         """Tell the roster that going on in memory is no help against an error."""

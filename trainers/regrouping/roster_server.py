@@ -158,6 +158,8 @@ class RosterServer:
                     name = message["name"]
                 if message["kind"] == "raised":
                     has_raised, reason = True, message["error"]
+                    with self._lock:
+                        self._roster.step(message["step"])  # so that the next one at this step counts as the second
                     break
                 if name:
                     self._handle(name, connection, message)
