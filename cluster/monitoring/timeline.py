@@ -142,9 +142,14 @@ class Timeline:
 
     @property
     def failures(self) -> list[tuple[LaunchTimeline, GroupFailureEvent]]:
-        """Every unplanned end of a worker group, launch by launch, oldest first."""
+        """Every unplanned end of a worker group and every lost worker, launch by launch, oldest first.
+
+        Where the loss of a worker ended its group after all, the end of the group alone.
+        """
         launches = self.launches_in_order
-        return [(launch, item) for launch in launches for item in sorted(launch.failures, key=lambda e: e.t)]
+        found = [(launch, item) for launch in launches for item in sorted(launch.failures, key=lambda e: e.t)]
+        ended = {item.attempt for _, item in found if not item.in_place}
+        return [(launch, item) for launch, item in found if not (item.in_place and item.attempt in ended)]
 
     @property
     def open_launches(self) -> list[LaunchTimeline]:
@@ -200,8 +205,7 @@ class Timeline:
     @property
     def failure_by_attempt(self) -> dict[str, GroupFailureEvent]:
         """The first failure of each attempt, by the attempt's name."""
-        failures = [item for launch in self.launches.values() for item in launch.failures]
-        return {item.attempt: item for item in reversed(failures)}
+        return {item.attempt: item for _, item in reversed(self.failures)}
 
     @property
     def ends(self) -> dict[AttemptId, AttemptEnd]:

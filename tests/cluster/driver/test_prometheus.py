@@ -54,7 +54,7 @@ def test_a_real_ray_exports_them(tmp_path: Path, text_file: str) -> None:
     body = tiny_config("measured", str(tmp_path / "runs"), text_file, steps=600, eval_every=40).model_dump(
         exclude_defaults=True
     )
-    body |= {"scale": {"workers": 2}}
+    body |= {"scale": {"workers": 2}, "failure": {"in_place": False}}
     body["checkpoint"]["every"] = 40
     config = RunConfig.model_validate(body)
     storage = LocalStorage(tmp_path / "runs")
