@@ -19,6 +19,8 @@ from outlast.trainers.config.tracking import TrackSettings
 from outlast.trainers.config.train import Exactness, Parallel, ParallelSettings, TrainingFailureSettings
 from outlast.trainers.config.training_config import TrainingConfig
 
+_SHORTEST_LEASE_S = 60.0
+
 
 class ScaleSettings(ParallelSettings):
     """Number and resources of the workers."""
@@ -86,7 +88,8 @@ class FailureSettings(TrainingFailureSettings):
     """On an existing cluster: the run goes on when its driver is killed, or its terminal is lost. The same command
     attaches to it again; `outlast stop`, Ctrl-C and SIGTERM end it. A local Ray ends with its driver."""
     lease: Duration | None = SaveInterval.parse("24h")
-    """A run that has been without a driver for this time saves a checkpoint and ends. null: it goes on to its end."""
+    """A run that has been without a driver for this time, 1m or more, saves a checkpoint and ends. null: it goes on to
+    its end."""
     hang_after: Duration | None = SaveInterval.parse("2m")
     """A group that makes no progress for this time, and for 20 times the median step, is killed and restarted. Phases
     of varying length (start, first steps, reading data, evaluation, saves) may take 15 times as long. null: never."""
@@ -98,6 +101,15 @@ class FailureSettings(TrainingFailureSettings):
     standby_after_s: float | None = Field(30.0, ge=0.0)
     """After this time of training, a standby process with all imports done waits for each worker, and one on each of
     two spare nodes; a restart uses them. Each takes about 400 MB of host memory and no GPU; null: none."""
+
+    @field_validator("lease")
+    @classmethod
+    def _check_lease(cls, value: Duration | None) -> Duration | None:
+        if value is not None and value.amount < _SHORTEST_LEASE_S:
+            raise ValueError(
+                "must be at least 1m: a driver on a busy machine may be silent for longer than a few seconds"
+            )
+        return value
 
     @property
     def hang_after_s(self) -> float | None:

@@ -24,7 +24,7 @@ from outlast.checkpointing.run_store import events
 from outlast.checkpointing.run_store.attempt_history import read_attempt_history, settings_digest
 from outlast.checkpointing.run_store.catalog import build_catalog, check_unread
 from outlast.checkpointing.run_store.claims import launch_is_superseded
-from outlast.checkpointing.run_store.liveness import LivenessFile, end_for, find_active_launch
+from outlast.checkpointing.run_store.liveness import LivenessFile, end_for, find_active_launch, read_liveness
 from outlast.checkpointing.run_store.store import RunStore
 from outlast.checkpointing.storage.local import LocalStorage
 from outlast.checkpointing.storage.round_trip import check_round_trip
@@ -297,6 +297,16 @@ def record_end(store: RunStore, launch: str, liveness: LivenessFile, train: Call
     finally:
         with handle_signals(signal.SIG_IGN):  # an interruption here would lose the exit code
             liveness.end(exit_code, message)
+
+
+def recorded_end(store: RunStore, launch: str) -> Finished | None:
+    """Return how a launch ended by its liveness file, if it is done or stopped. Raises StorageError."""
+    alive = read_liveness(store, launch)
+    for outcome in (Outcome.DONE, Outcome.STOPPED):
+        if alive.get("ended") and alive.get("exit_code") == outcome.exit_code:
+            final = find_model(store) if outcome is Outcome.DONE else None
+            return Finished(outcome, launch, _link_model(store, final.path) if final else None)
+    return None
 
 
 def _is_superseded(store: RunStore, launch: str) -> bool:

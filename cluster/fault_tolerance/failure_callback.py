@@ -175,6 +175,8 @@ class FailureRecorder(WorkerGroupCallback):
         hang = Failure(Cause.HANG, hung.ranks[0], hung.message) if hung else None
         began = time.monotonic()
         deadline = began + (SEARCH_S if workers else 0)
+        # In place the loss is noticed before Ray knows of it, and nobody waits for the cause.
+        tables_s = SEARCH_S if in_place else _TABLES_S
         while True:
             drained = bool(coordinator.was_drained(attempt))
             deaths: list[Death] = []
@@ -183,7 +185,7 @@ class FailureRecorder(WorkerGroupCallback):
             known = [item for item in (classify(errors.copy(), deaths, drained=drained), hang) if item]
             failure = max(known, key=lambda item: item.cause.weight, default=None)
             is_traced = failure is not None and (failure.cause is not Cause.WORKER_DIED or deaths or not workers)
-            if is_traced or time.monotonic() > (deadline if failure is None else began + _TABLES_S):
+            if is_traced or time.monotonic() > (deadline if failure is None else began + tables_s):
                 break
             time.sleep(0.2)
         rank = min(errors)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +20,12 @@ from outlast.checkpointing.storage.base import Storage
 from outlast.checkpointing.storage.local import LocalStorage
 from outlast.cluster.fault_tolerance.failure_cause import Cause
 from outlast.cluster.monitoring.status import read_status
+from outlast.trainers.attempt import Assignment
+from outlast.trainers.loop.train_loop import Outcome
 from tests.lab.hosts import Lab
-from tests.support.groups.worker_group import tiny_config
+from tests.support.groups.worker_group import digests, losses, run_group, tiny_config
 
+Recovered = Callable[[str, str, float], None]
 OUTLAST = str(Path(sys.executable).with_name("outlast"))
 
 
@@ -106,3 +109,20 @@ class Run:
         """So many failures, and the journal names their causes."""
         failures = read_status(self.store)["failures"]
         assert [failure["cause"] for failure in failures] == [cause.value for cause in causes], failures
+
+
+def elastic_reference(
+    assign: Callable[..., Assignment], storage: LocalStorage, name: str, steps: int
+) -> tuple[dict[str, str], dict[int, float]]:
+    """Digests and losses of the undisturbed run `name`, at any number of workers."""
+    sections = {"exactness": "elastic", "checkpoint": {"every": 100}}
+    assignment = assign(name, sections=sections, steps=steps, eval_every=200, micro_batch=2)
+    assert run_group(assignment, storage, 1, limit_s=300)[0].outcome is Outcome.DONE
+    return digests(storage, name), losses(storage, name)
+
+
+def come_back(cluster: Lab, *hosts: int) -> None:
+    """Start hosts again."""
+    for host in hosts:
+        cluster.start(host)
+    cluster.wait_for_nodes(4)

@@ -14,12 +14,12 @@ import pytest
 
 from outlast.checkpointing.run_store.catalog import run_events
 from outlast.checkpointing.storage.local import LocalStorage
+from outlast.cluster.fault_tolerance.failure_cause import Cause
 from outlast.trainers.attempt import Assignment
-from outlast.trainers.loop.train_loop import Outcome
 from tests.lab.hosts import Lab, lab
-from tests.lab.runs import Run
+from tests.lab.runs import Recovered, Run, come_back, elastic_reference
 from tests.lab.test_lab import reason
-from tests.support.groups.worker_group import digests, losses, run_group
+from tests.support.groups.worker_group import digests, losses
 
 pytestmark = [
     pytest.mark.lab,
@@ -28,7 +28,6 @@ pytestmark = [
     pytest.mark.timeout(600),
 ]
 STEPS = 4000  # longer than a node takes to come back
-Recovered = Callable[[str, str, float], None]
 
 
 @pytest.fixture(scope="module")
@@ -39,11 +38,7 @@ def cluster() -> Iterator[Lab]:
 
 @pytest.fixture(scope="module")
 def reference(assign: Callable[..., Assignment], storage: LocalStorage) -> tuple[Any, Any]:
-    """Digests and losses of the undisturbed run, at any number of workers."""
-    sections = {"exactness": "elastic", "checkpoint": {"every": 100}}
-    assignment = assign("lab-in-place", sections=sections, steps=STEPS, eval_every=200, micro_batch=2)
-    assert run_group(assignment, storage, 1, limit_s=300)[0].outcome is Outcome.DONE
-    return digests(storage, "lab-in-place"), losses(storage, "lab-in-place")
+    return elastic_reference(assign, storage, "lab-in-place", STEPS)
 
 
 @pytest.fixture
@@ -73,12 +68,6 @@ def longest_pause(run: Run, since: float) -> float:
     return max(later - before for before, later in pairwise(ends) if later > since)
 
 
-def come_back(cluster: Lab, *hosts: int) -> None:
-    for host in hosts:
-        cluster.start(host)
-    cluster.wait_for_nodes(4)
-
-
 def test_a_worker_is_killed(
     cluster: Lab, make: Callable[..., Run], reference: tuple[Any, Any], recovered: Recovered
 ) -> None:
@@ -89,6 +78,7 @@ def test_a_worker_is_killed(
     cluster.signal_inside(host, pid, signal.SIGKILL)
     recovered("in memory: a worker killed, one spare", "worker died", run.wait_for_steps(follower, 1, 2, began))
     assert len(finish(run, follower, reference)) == 1
+    run.assert_cause(Cause.WORKER_DIED)
 
 
 def test_a_node_vanishes(
@@ -101,6 +91,7 @@ def test_a_node_vanishes(
     cluster.kill(lost)
     recovered("in memory: a node lost, one spare", "node lost", run.wait_for_steps(follower, 1, 2, began))
     assert len(finish(run, follower, reference)) == 1
+    run.assert_cause(Cause.NODE_LOST)
     come_back(cluster, lost)
 
 
@@ -117,6 +108,7 @@ def test_it_shrinks_without_a_spare_and_grows_again(
     come_back(cluster, lost)
     recovered("in memory: a node joins, from its start", "", run.wait_for_steps(follower, 2, 3, began))
     assert [event["world_size"] for event in finish(run, follower, reference)] == [2, 3]
+    run.assert_cause(Cause.NODE_LOST)
 
 
 def test_a_node_is_drained(
@@ -129,6 +121,7 @@ def test_a_node_is_drained(
     cluster.evict(leaving)
     recovered("in memory: a node drained", "preempted", run.wait_for_steps(follower, 1, 2, began))
     assert len(finish(run, follower, reference)) == 1
+    run.assert_cause(Cause.PREEMPTED)
     recovered("in memory: a node drained, the longest pause", "preempted", longest_pause(run, began))
     cluster.wait_until_gone(leaving)
     come_back(cluster, leaving)

@@ -21,11 +21,10 @@ from outlast.checkpointing.storage.local import LocalStorage
 from outlast.cluster.fault_tolerance.failure_cause import Cause
 from outlast.cluster.monitoring.status import read_status
 from outlast.trainers.attempt import Assignment
-from outlast.trainers.loop.train_loop import Outcome
 from tests.lab.hosts import Lab, lab
-from tests.lab.runs import Run
+from tests.lab.runs import Recovered, Run, come_back, elastic_reference
 from tests.lab.test_lab import reason
-from tests.support.groups.worker_group import digests, losses, run_group
+from tests.support.groups.worker_group import digests, losses
 
 pytestmark = [
     pytest.mark.lab,
@@ -35,7 +34,6 @@ pytestmark = [
 ]
 STEPS = 1000
 ELASTIC = {"exactness": "elastic", "train": {"micro_batch": 2}}
-Recovered = Callable[[str, str, float], None]
 
 
 @pytest.fixture(scope="module")
@@ -46,11 +44,7 @@ def cluster() -> Iterator[Lab]:
 
 @pytest.fixture(scope="module")
 def reference(assign: Callable[..., Assignment], storage: LocalStorage) -> tuple[Any, Any]:
-    """Digests and losses of the undisturbed run, at any number of workers."""
-    sections = {"exactness": "elastic", "checkpoint": {"every": 100}}
-    assignment = assign("lab-losses", sections=sections, steps=STEPS, eval_every=200, micro_batch=2)
-    assert run_group(assignment, storage, 1, limit_s=300)[0].outcome is Outcome.DONE
-    return digests(storage, "lab-losses"), losses(storage, "lab-losses")
+    return elastic_reference(assign, storage, "lab-losses", STEPS)
 
 
 @pytest.fixture
@@ -67,12 +61,6 @@ def finish(run: Run, follower: subprocess.Popen[str], expected: tuple[Any, Any])
     out, err = follower.communicate(timeout=400)
     assert follower.returncode == 0, out + err
     assert (digests(run.storage, run.name), losses(run.storage, run.name)) == expected
-
-
-def come_back(cluster: Lab, *hosts: int) -> None:
-    for host in hosts:
-        cluster.start(host)
-    cluster.wait_for_nodes(4)
 
 
 def test_shrinks_without_a_spare_and_grows_again(

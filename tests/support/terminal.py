@@ -7,12 +7,14 @@ import os
 import pty
 import subprocess
 import termios
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 _TIMEOUT_S = 60.0
 
 
-def on_terminal(command: Sequence[str], prompt: str = "", keys: str = "") -> tuple[int, str]:
+def on_terminal(
+    command: Sequence[str], prompt: str = "", keys: str = "", environment: Mapping[str, str] | None = None
+) -> tuple[int, str]:
     """Run a command, and press `keys` once the screen shows `prompt`. Return its exit code and all that it wrote."""
     ours, theirs = pty.openpty()
     process = subprocess.Popen(
@@ -20,6 +22,7 @@ def on_terminal(command: Sequence[str], prompt: str = "", keys: str = "") -> tup
         stdin=theirs,
         stdout=theirs,
         stderr=theirs,
+        env={**os.environ, **(environment or {})},
         start_new_session=True,
         preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
     )

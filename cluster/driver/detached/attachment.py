@@ -102,10 +102,19 @@ class Attachment:
         except (GetTimeoutError, ActorUnavailableError):  # it is busy, or its node is slow to answer
             return [], cursor, None
         except RayActorError as error:
+            if ended := self._recorded_end():  # this driver was away for longer than the result waits for it
+                return [], cursor, ended
             message = "the actor that ran the workers died, and they with it"
             end_for(self.store, self.launch, RootLost.exit_code, message)
             hint = "run the same command again to resume from the newest intact checkpoint"
             raise RootLost(message, hint=hint) from error
+
+    def _recorded_end(self) -> Finished | None:
+        from outlast.cluster.driver.launch import recorded_end
+
+        with contextlib.suppress(StorageError):
+            return recorded_end(self.store.fresh(), self.launch)
+        return None
 
     def _call(self, method: str) -> None:
         with contextlib.suppress(RayError):

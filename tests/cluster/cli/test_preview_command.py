@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import pty
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +17,7 @@ from outlast.cluster.cli.main import app
 from outlast.cluster.cli.preview import NUM_ROWS
 from tests.support.command import OUTLAST
 from tests.support.tasks.cases import CASES
+from tests.support.terminal import on_terminal
 
 
 @pytest.fixture
@@ -125,23 +123,9 @@ def test_line_breaks_are_shown_and_made(run_file: Callable[..., Path]) -> None:
 
 def read_terminal(*command: str, **environment: str) -> str:
     """Output of a command on a terminal."""
-    ours, theirs = pty.openpty()
-    process = subprocess.Popen(
-        command, stdout=theirs, stderr=subprocess.DEVNULL, env={**os.environ, "TERM": "xterm-256color", **environment}
-    )
-    os.close(theirs)
-    chunks = []
-    while True:
-        try:
-            chunk = os.read(ours, 4096)
-        except OSError:  # the terminal is closed once the process has ended
-            break
-        if not chunk:
-            break
-        chunks.append(chunk)
-    os.close(ours)
-    assert process.wait() == 0
-    return b"".join(chunks).decode()
+    code, screen = on_terminal(command, environment={"TERM": "xterm-256color", **environment})
+    assert code == 0, screen
+    return screen
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="terminals behave so on Linux")

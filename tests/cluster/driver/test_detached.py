@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -18,6 +19,7 @@ from outlast.checkpointing.run_store.claims import list_attempts, list_launches
 from outlast.checkpointing.run_store.liveness import read_liveness
 from outlast.checkpointing.run_store.store import RunStore
 from outlast.checkpointing.storage.local import LocalStorage
+from outlast.cluster.config.run_config import FailureSettings
 from outlast.cluster.driver.detached.root import LaunchRoot
 from outlast.trainers.attempt import Assignment
 from outlast.trainers.loop.train_loop import Outcome
@@ -176,6 +178,26 @@ def test_a_run_without_a_driver_ends_like_any_other(make_run: Callable[..., Run]
 
 
 @pytest.mark.ray
+@pytest.mark.faults  # two minutes
+def test_a_driver_that_was_away_at_the_end_learns_of_it(make_run: Callable[..., Run], cluster: Cluster) -> None:
+    """It is stopped for longer than the result waits for it, and the root has ended."""
+    run = make_run(NUM_STEPS)
+    driver = run.start()
+    run.wait(lambda: driver.poll() is not None or read_catalog(run.storage, "run").accepted)
+    driver.send_signal(signal.SIGSTOP)
+    run.wait(lambda: run.alive["ended"])
+    run.wait(lambda: left_on(cluster) == "[] 2.0")
+    driver.send_signal(signal.SIGCONT)
+    out, err = driver.communicate(timeout=LIMIT_S)
+    assert (driver.returncode, out.strip()) == (0, str(run.file.parent / "run/model")), err
+
+
+def test_a_lease_is_longer_than_a_busy_driver_is_silent() -> None:
+    with pytest.raises(ValueError, match="must be at least 1m"):
+        FailureSettings.model_validate({"lease": "3s"})
+
+
+@pytest.mark.ray
 @pytest.mark.faults  # a minute
 def test_a_run_without_a_driver_is_stopped(make_run: Callable[..., Run], cluster: Cluster) -> None:
     run = make_run()
@@ -189,9 +211,9 @@ def test_a_run_without_a_driver_is_stopped(make_run: Callable[..., Run], cluster
 
 
 @pytest.mark.ray
-@pytest.mark.faults  # a minute
+@pytest.mark.faults  # two minutes
 def test_the_lease_ends_a_run_that_no_driver_follows(make_run: Callable[..., Run], cluster: Cluster) -> None:
-    run = make_run(lease="10s")
+    run = make_run(lease="1m")
     run.lose_its_driver()
     run.wait(lambda: run.alive["ended"])
     assert run.alive["exit_code"] == 75
